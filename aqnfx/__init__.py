@@ -1,0 +1,36 @@
+"""aqnfx: graph-rewriting passes that turn controlled noise into a measuring instrument for neural networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aqnfx.errors import AqnfxError as AqnfxError
+    from aqnfx.graph.frontend import trace as trace
+    from aqnfx.graph.program import Program as Program
+    from aqnfx.graph.sites import Site as Site
+    from aqnfx.passes.pipeline import Pipeline as Pipeline
+
+# Public names load their module on first use, so that `import aqnfx` and `aqnfx --help` do not import torch.
+_LAZY = {
+    "AqnfxError": "aqnfx.errors",
+    "trace": "aqnfx.graph.frontend",
+    "Program": "aqnfx.graph.program",
+    "Site": "aqnfx.graph.sites",
+    "OpKind": "aqnfx.graph.opkinds",
+    "Pipeline": "aqnfx.passes.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'aqnfx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,128 @@
+"""The record of one probe at one level: every metric with its interval, class and significance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from aqnfx.diagnosis.estimates import (
+    Array,
+    Options,
+    Ratio,
+    SampleScores,
+    holm_columns,
+    paired_p,
+    ratios,
+    seed_spread,
+)
+from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.numerics.metrics import classify_sensitivity, critical_threshold, noise_tolerance_index, sensitivity_score
+from aqnfx.numerics.stats import mcnemar, wilson
+from aqnfx.probes.measurements import Measurements
+
+THRESHOLD_COST = 0.10
+"""Degradation whose least noise level is reported as the critical threshold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """All estimates of a run; every array has shape (P, L)."""
+
+    kl: Ratio
+    nll_delta: Ratio | None
+    agreement: Ratio
+    degradation: Ratio
+    p: Array
+    p_holm: Array
+    kl_spread: Array
+    degradation_spread: Array
+
+
+def estimate(m: Measurements, scores: SampleScores, options: Options) -> Estimates:
+    """Compute every ratio with its interval, and p values corrected after Holm over the probes of one kind."""
+    kinds = [probe.kind for probe in m.probes]
+    groups = [[row for row, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
+    p = paired_p(scores.loss)
+    return Estimates(
+        kl=ratios(scores.kl, scores.tokens, options),
+        nll_delta=None if scores.nll_delta is None else ratios(scores.nll_delta, scores.tokens, options),
+        agreement=ratios(scores.agreement, scores.tokens, options),
+        degradation=ratios(scores.loss, scores.loss_base, options),
+        p=p,
+        p_holm=holm_columns(p, groups),
+        kl_spread=seed_spread(scores.seed_kl),
+        degradation_spread=seed_spread(scores.seed_degradation),
+    )
+
+
+def level_records(m: Measurements, est: Estimates, row: int, options: Options) -> dict[str, dict[str, Any]]:
+    """Return the records of probe ``row`` for every level, keyed by the level's text."""
+    return {level_key(level): _record(m, est, row, column, options) for column, level in enumerate(m.levels)}
+
+
+def threshold(m: Measurements, est: Estimates, row: int) -> float | None:
+    """Return the least level at which probe ``row`` costs 10 %, read off the curve through 0 and the measured levels.
+
+    ``None`` where no level reaches it, or a level has no number.
+    """
+    order = np.argsort(m.levels)
+    levels = [0.0, *(float(m.levels[i]) for i in order)]
+    curve = [0.0, *(float(est.degradation.value[row, i]) for i in order)]
+    if not np.isfinite(curve).all():
+        return None
+    return critical_threshold((levels, curve), cost=THRESHOLD_COST).level
+
+
+def _record(m: Measurements, est: Estimates, row: int, column: int, options: Options) -> dict[str, Any]:
+    at = (row, column)
+    level = m.levels[column]
+    degradation = float(est.degradation.value[at])
+    low, high = float(est.degradation.low[at]), float(est.degradation.high[at])
+    score = sensitivity_score(degradation, level)
+    p_holm = float(est.p_holm[at])
+    record: dict[str, Any] = {
+        "kl": float(est.kl.value[at]),
+        "ci": [float(est.kl.low[at]), float(est.kl.high[at])],
+        "degradation": degradation,
+        "degradation_ci": [low, high],
+        "score": score,
+        "score_ci": [low / level, high / level],
+        "class": classify_sensitivity(score),
+        "tolerance_index": noise_tolerance_index(degradation),
+        "top1_agreement": float(est.agreement.value[at]),
+        "top1_ci": [float(est.agreement.low[at]), float(est.agreement.high[at])],
+        "p": float(est.p[at]),
+        "p_holm": p_holm,
+        "distinguishable": bool(p_holm < 1.0 - options.confidence),
+        "seed_std": {"kl": float(est.kl_spread[at]), "degradation": float(est.degradation_spread[at])},
+        "n": m.samples,
+        "seeds": len(m.seeds),
+    }
+    if est.nll_delta is not None:
+        record["nll_delta"] = float(est.nll_delta.value[at])
+        record["nll_delta_ci"] = [float(est.nll_delta.low[at]), float(est.nll_delta.high[at])]
+    if "exact_match" in m.scores and "exact_match" in m.clean:
+        record["exact_match"] = _accuracy(m, row, column, options)
+    return record
+
+
+def _accuracy(m: Measurements, row: int, column: int, options: Options) -> dict[str, Any]:
+    """Describe the accuracy over all seeds and samples, and the McNemar test of the per-sample majority over seeds.
+
+    The Wilson interval counts samples, not sample x seed pairs: seeds of one sample are not independent (solved
+    samples, averaged over seeds, are rounded). A tie between seeds counts as the clean outcome.
+    """
+    runs = m.scores["exact_match"][row, column]
+    clean = m.clean["exact_match"] > 0.5
+    rate = runs.mean(axis=0)
+    if not np.isfinite(rate).all():
+        return {"value": None, "ci": [None, None], "mcnemar_p": None}
+    interval = wilson(round(float(rate.sum())), m.samples, options.confidence)
+    noisy = np.where(rate == 0.5, clean, rate > 0.5)
+    return {
+        "value": float(rate.mean()),
+        "ci": [float(interval.low), float(interval.high)],
+        "mcnemar_p": float(mcnemar(clean, noisy)),
+    }

@@ -1,0 +1,87 @@
+"""Who is more sensitive than whom: rankings at the base level that say where the order is not certain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from aqnfx.diagnosis.details import Estimates
+from aqnfx.diagnosis.estimates import Array, Options, Ratio, SampleScores, ratios
+from aqnfx.probes.measurements import Measurements
+
+CRITICAL_SCORE_FLOOR = 1.5
+"""A critical entry's score interval must lie above this: at its low end it is at least moderate, never robust."""
+
+
+def is_critical(record: dict[str, Any]) -> bool:
+    """Say whether a level record is critical beyond the noise of the measurement.
+
+    Three conditions: the score's class is critical (score > 3), the low end of the score's interval lies above 1.5,
+    and the degradation is distinguishable from zero after Holm.
+    """
+    low = record["score_ci"][0]
+    return bool(
+        record["class"] == "critical" and low is not None and low > CRITICAL_SCORE_FLOOR and record["distinguishable"]
+    )
+
+
+def rank(
+    m: Measurements, scores: SampleScores, est: Estimates, rows: list[int], records: list[dict[str, Any]],
+    options: Options,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rank probes by degradation at the base level, KL breaking ties, most sensitive first.
+
+    ``rows`` are the probes' rows, ``records`` their level records at the base level, in the same order. An entry is
+    ``tied_with_next`` (``tied_with_first``) when the interval of the paired difference of degradations contains zero:
+    the same samples and the same noise enter both, so this decides more than comparing two intervals. The KL
+    difference is given beside it, because it separates neighbours that agree in every argmax.
+    """
+    if not rows:
+        return []
+    column = m.levels.index(m.base_level)
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (_down(est.degradation.value[rows[i], column]), _down(est.kl.value[rows[i], column])),
+    )
+    ranked = [rows[i] for i in order]
+    loss, kl = scores.loss[ranked, column], scores.kl[ranked, column]
+    next_loss = ratios(loss[:-1] - loss[1:], scores.loss_base, options)
+    next_kl = ratios(kl[:-1] - kl[1:], scores.tokens, options)
+    first_loss = ratios(loss[:1] - loss, scores.loss_base, options)
+    entries = []
+    for place, i in enumerate(order):
+        record = records[i]
+        entry = {
+            "rank": place + 1,
+            "key": m.probes[rows[i]].key,
+            **{name: record[name] for name in ("degradation", "degradation_ci", "kl", "score", "score_ci", "class")},
+            "kl_ci": record["ci"],
+            "distinguishable": record["distinguishable"],
+            "critical": is_critical(record),
+            "tied_with_first": place > 0 and _contains_zero(first_loss, place),
+            "tied_with_next": place + 1 < len(order) and _contains_zero(next_loss, place),
+        }
+        if place + 1 < len(order):
+            entry["difference_to_next"] = {
+                "degradation": _interval(next_loss, place),
+                "kl": _interval(next_kl, place),
+                "kl_tied": _contains_zero(next_kl, place),
+            }
+        entries.append(entry)
+    return entries
+
+
+def _down(value: Array | float) -> float:
+    """Sort key for descending order with undefined values last."""
+    number = float(value)
+    return -number if np.isfinite(number) else np.inf
+
+
+def _contains_zero(ratio: Ratio, place: int) -> bool:
+    """Undefined differences count as ties: nothing was shown."""
+    return not (float(ratio.low[place]) > 0.0 or float(ratio.high[place]) < 0.0)
+
+
+def _interval(ratio: Ratio, place: int) -> dict[str, Any]:
+    return {"value": float(ratio.value[place]), "ci": [float(ratio.low[place]), float(ratio.high[place])]}

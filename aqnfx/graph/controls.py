@@ -1,0 +1,115 @@
+"""Control buffers of noise nodes: which buffer belongs to which site, and how to set them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from aqnfx.errors import InputError
+import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
+from aqnfx.graph.tags import constant, get_tag
+
+Phases = Literal["forward", "backward", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteControl:
+    """Buffers of one site: ``level`` fp32 (2,) forward and backward, ``channels`` bool mask or None, ``hits`` int64 (1,)."""
+
+    level: Tensor
+    channels: Tensor | None
+    hits: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseControls:
+    """All noise controls of one graph; ``run`` int32 (3,) holds seed, step and row offset, shared by all sites."""
+
+    run: Tensor
+    sites: Mapping[str, SiteControl]
+
+    @classmethod
+    def of(cls, module: GraphModule) -> NoiseControls:
+        """Collect the buffers of every ``aqnfx::noise`` node of ``module``."""
+        hits: dict[str | None, Tensor] = {}
+        nodes = []
+        for node in module.graph.nodes:
+            if node.target is torch.ops.aqnfx.count.default:
+                hits[get_tag(node).site] = constant(module, node.args[1])
+            elif node.target is torch.ops.aqnfx.noise.default:
+                nodes.append(node)
+        sites = {}
+        run = torch.zeros(3, dtype=torch.int32)
+        for node in nodes:
+            site = str(get_tag(node).site)
+            _, level, _, run_node, channels = node.args[:5]
+            mask = None if channels is None else constant(module, channels)
+            sites[site] = SiteControl(level=constant(module, level), channels=mask, hits=hits.get(site))
+            run = constant(module, run_node)
+        return cls(run=run, sites=sites)
+
+    def set_run(self, *, seed: int | None = None, step: int | None = None, row_offset: int | None = None) -> None:
+        """Set seed, step and row offset (each any Python integer; the low 32 bits count)."""
+        for index, value in enumerate((seed, step, row_offset)):
+            if value is not None:
+                self.run[index] = ((int(value) + 2**31) % 2**32) - 2**31
+
+    def set_level(self, site: str, level: float, phases: Phases = "forward") -> None:
+        """Set the noise level of one site; the phases that are not named are switched off."""
+        if phases not in ("forward", "backward", "both"):
+            raise InputError(f"phases {phases!r} is not one of forward, backward, both")
+        if not level >= 0.0 or level == float("inf"):
+            raise InputError(f"noise level {level} must be finite and not negative")
+        buffer = self.sites[site].level
+        buffer[0] = level if phases != "backward" else 0.0
+        buffer[1] = level if phases != "forward" else 0.0
+
+    def set_channels(self, site: str, channels: Iterable[int] | Tensor | None) -> None:
+        """Restrict the noise of a site to ``channels`` (indices or a bool mask); None means all of them."""
+        mask = self.sites[site].channels
+        if channels is None:
+            if mask is not None:
+                mask.fill_(True)
+            return
+        if mask is None:
+            raise InputError(f"{site} has no fixed channel dimension, so noise cannot be restricted to channels")
+        if isinstance(channels, Tensor) and channels.dtype == torch.bool:
+            if channels.shape != mask.shape:
+                raise InputError(f"channel mask of shape {list(channels.shape)} given; {site} has {mask.numel()} channels")
+            mask.copy_(channels)
+            return
+        indices = sorted({int(c) for c in channels})
+        if not indices or indices[0] < 0 or indices[-1] >= mask.numel():
+            raise InputError(f"channels {indices[:5]} given; {site} has channels 0-{mask.numel() - 1}")
+        mask.fill_(False)
+        mask[indices] = True
+
+    def hits(self) -> dict[str, int]:
+        """Return how often each site injected forward noise since :meth:`reset_hits`."""
+        return {site: int(c.hits) for site, c in self.sites.items() if c.hits is not None}
+
+    def reset_hits(self) -> None:
+        """Set every injection counter to 0."""
+        for control in self.sites.values():
+            if control.hits is not None:
+                control.hits.zero_()
+
+    def state(self) -> list[Tensor]:
+        """Return copies of all controls but the counters, for :meth:`restore`."""
+        return [t.clone() for t in self._tensors()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Write back what :meth:`state` returned."""
+        for tensor, saved in zip(self._tensors(), state, strict=True):
+            tensor.copy_(saved)
+
+    def _tensors(self) -> list[Tensor]:
+        found: list[Any] = [self.run]
+        for control in self.sites.values():
+            found += [control.level] if control.channels is None else [control.level, control.channels]
+        return found

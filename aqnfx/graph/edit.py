@@ -1,0 +1,104 @@
+"""The only code that inserts and erases nodes; inserted nodes carry their neighbour's metadata and their provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from aqnfx.graph.tags import Tag, get_tag, update_tag
+
+BUFFER_PREFIX = "aqnfx_"
+
+
+def _carry(new: Node, anchor: Node, *, inserted_by: str, site: str | None) -> None:
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+        if key in anchor.meta:
+            new.meta[key] = anchor.meta[key]
+    tag: Tag = get_tag(anchor)
+    update_tag(
+        new, module=tag.module, layer=tag.layer, stack=tag.stack, region=tag.region, inserted_by=inserted_by, site=site
+    )
+
+
+def control_buffer(module: GraphModule, name: str, value: torch.Tensor, *, inserted_by: str, site: str | None) -> Node:
+    """Register ``value`` as the buffer ``aqnfx_<name>`` (once) and return the ``get_attr`` node that reads it.
+
+    The node stands before all inputs, where the parameters are; an existing one of the same name is returned as it is.
+    """
+    target = BUFFER_PREFIX + name
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target == target:
+            return node  # type: ignore[no-any-return]
+        if node.op == "placeholder":
+            break
+    module.register_buffer(target, value, persistent=False)
+    first = next(iter(module.graph.nodes))
+    with module.graph.inserting_before(first):
+        node = module.graph.get_attr(target)
+    node.meta["val"] = value
+    update_tag(node, inserted_by=inserted_by, site=site)
+    return node
+
+
+def insert_after(
+    anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], *, inserted_by: str, site: str, reroute: bool
+) -> Node:
+    """Insert a call of ``target`` right after ``anchor``; with ``reroute`` all other users of ``anchor`` use it instead.
+
+    A rerouted call takes the place of the anchor's value, so it carries the same fake tensor.
+    """
+    graph = anchor.graph
+    with graph.inserting_after(anchor):
+        node = graph.call_function(target, args)
+    _carry(node, anchor, inserted_by=inserted_by, site=site)
+    if reroute:
+        node.meta["val"] = anchor.meta["val"]
+        for user in list(anchor.users):
+            if user is not node:
+                user.replace_input_with(anchor, node)
+    return node
+
+
+def erase_inserted(module: GraphModule) -> int:
+    """Erase every inserted node, giving its users the value it was rerouted from; return how many were erased."""
+    graph = module.graph
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if get_tag(node).inserted_by is None:
+            continue
+        if node.users:
+            node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+        erased += 1
+        if node.op == "get_attr":
+            delattr(module, str(node.target))
+    return erased
+
+
+def inline(call: Node, body: Graph, operands: Sequence[Any]) -> Any:
+    """Copy ``body`` before ``call`` with its inputs bound to ``operands``; return what its output node returns.
+
+    The copies take the tag of ``call``, and its module stack where they have none.
+    """
+    mapping: dict[Node, Any] = {}
+    inputs = iter(operands)
+    with call.graph.inserting_before(call):
+        for node in body.nodes:
+            if node.op == "placeholder":
+                mapping[node] = next(inputs)
+            elif node.op == "output":
+                return torch.fx.node.map_arg(node.args[0], lambda n: mapping[n])
+            else:
+                new = call.graph.node_copy(node, lambda n: mapping[n])
+                mapping[node] = new
+                if not new.meta.get("nn_module_stack"):
+                    new.meta["nn_module_stack"] = call.meta.get("nn_module_stack", {})
+                tag = get_tag(call)
+                update_tag(
+                    new, module=tag.module, layer=tag.layer, stack=tag.stack, region=tag.region,
+                    inserted_by=tag.inserted_by, site=tag.site,
+                )  # fmt: skip
+    raise ValueError("the graph to inline has no output node")

@@ -1,0 +1,178 @@
+"""trace(): from a model, a directory, a hub id or an ExportedProgram to a Program."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from aqnfx.data import embedded_model
+from aqnfx.errors import InputError, ModelError, TraceError
+from aqnfx.graph.inputs import default_shapes, example_inputs
+from aqnfx.graph.normalize import is_mutable, normalize_graph
+from aqnfx.graph.program import Program, Signature
+from aqnfx.graph.render import fingerprint
+from aqnfx.graph.verify import verify
+
+EMBEDDED = "tinygsm"
+
+
+def trace(
+    model: nn.Module | ExportedProgram | str | Path,
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    sequence_length: int | None = None,
+    allow_unsafe_pt2: bool = False,
+) -> Program:
+    """Trace a model to a :class:`Program` with ``torch.export`` (non-strict, evaluation mode).
+
+    ``model`` is an ``nn.Module``, an ``ExportedProgram``, a local Hugging Face directory, a hub id, ``"tinygsm"`` (the
+    embedded model), or a ``.pt2`` file (only with ``allow_unsafe_pt2``, since loading one can run code). ``inputs`` is
+    ``(args, kwargs)``; without it they are made from the model's config. Batch and sequence are dynamic where the
+    model allows; a dimension that had to be fixed is named in ``Program.notes``. ``dtype`` and ``device`` apply to
+    models that are loaded here. Raises :class:`ModelError` when the model cannot be loaded, :class:`TraceError` when
+    it cannot be traced.
+    """
+    started = time.perf_counter()
+    if isinstance(model, (str, Path)):
+        if str(model).endswith(".pt2"):
+            model = _load_pt2(Path(model), allow_unsafe_pt2)
+            name = "exported program"
+        else:
+            name = str(model)
+            model = load_model(name, dtype=dtype, device=device)
+    else:
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+    source: dict[str, Any] = {"name": Path(name).name if Path(name).exists() else name}
+    if isinstance(model, ExportedProgram):
+        exported = model
+    else:
+        exported = _export(model, inputs, dynamic_shapes, sequence_length)
+        source |= _describe(model)
+    if is_mutable(exported.graph):
+        exported = exported.run_decompositions({})  # functionalises; an empty table decomposes nothing else
+    program = _to_program(exported, source)
+    program.source["trace_seconds"] = round(time.perf_counter() - started, 3)  # type: ignore[index]
+    return program
+
+
+def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """Load a Hugging Face model in evaluation mode, of the class that its config names.
+
+    ``name`` is a local directory, a hub id, or ``"tinygsm"``. Remote code is never run. Raises :class:`ModelError`.
+    """
+    import transformers
+
+    path = str(embedded_model()) if name == EMBEDDED and not Path(name).exists() else name
+    if (Path(path).exists() and not Path(path).is_dir()) or (Path(path).is_dir() and not (Path(path) / "config.json").exists()):
+        raise ModelError(f"model {name!r} is not a Hugging Face directory: it has no config.json")
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ModelError(f"model directory {name!r} does not exist")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        wanted = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
+        cls = getattr(transformers, wanted, transformers.AutoModelForCausalLM)
+        model: nn.Module = cls.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers, safetensors and the hub each raise their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"cannot load model {name!r}: {reason.strip()}") from error
+    return model.to(device).eval()
+
+
+def _load_pt2(path: Path, allowed: bool) -> ExportedProgram:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    if not allowed:
+        raise InputError(f"{path}: loading a .pt2 file can run code; pass allow_unsafe_pt2=True if you trust its origin")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise ModelError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+
+
+def _export(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None, dynamic_shapes: Any, length: int | None
+) -> ExportedProgram:
+    if inputs is None:
+        args: tuple[Any, ...] = ()
+        kwargs, shapes = example_inputs(model, length)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    else:
+        args, kwargs = tuple(inputs[0]), dict(inputs[1])
+        shapes = default_shapes(args, kwargs)  # type: ignore[assignment]
+    training = model.training
+    model.eval()
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes or shapes, strict=False)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TraceError(
+            f"torch.export could not trace {type(model).__name__}: {reason.strip()}; "
+            "data-dependent Python in forward is the usual cause"
+        ) from error
+    finally:
+        model.train(training)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    facts: dict[str, Any] = {"class": type(model).__name__}
+    if config is not None and hasattr(config, "model_type"):
+        facts["model_type"] = config.model_type
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        facts["max_positions"] = limit
+    parameters = list(model.parameters())
+    facts["parameters"] = sum(p.numel() for p in parameters)
+    if parameters:
+        facts |= {"dtype": str(parameters[0].dtype).removeprefix("torch."), "device": str(parameters[0].device)}
+    return facts
+
+
+def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
+    module = exported.module(check_guards=False)  # type: ignore[call-arg]
+    example = exported.example_inputs
+    if example is None:
+        raise TraceError("the exported program carries no example inputs; export it with them")
+    defaults, in_spec = pytree.tree_flatten(example)
+    names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
+    if len(names) != len(defaults) or exported.call_spec.out_spec is None:
+        raise TraceError(f"the exported program has {len(names)} inputs for {len(defaults)} example values")
+    module = torch.fx.GraphModule(module, module.graph, class_name="Program")
+    normalize_graph(module)
+    module.graph.lint()
+    module.recompile()
+    verify(module, after="trace")
+    signature = Signature(
+        in_spec=in_spec, out_spec=exported.call_spec.out_spec, names=tuple(names), defaults=tuple(defaults)
+    )
+    notes = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and not node.meta["val"].is_floating_point():
+            fixed = [d for d, s in enumerate(node.meta["val"].shape) if isinstance(s, int)]
+            if fixed:
+                sizes = ", ".join(f"dimension {d} at {node.meta['val'].shape[d]}" for d in fixed)
+                notes.append(f"{node.target}: the model's forward fixes {sizes}")
+    return Program(
+        module=module.train(False), signature=signature, source=source,
+        original=fingerprint(module.graph), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def model_digest(program: Program) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(program.module.named_parameters(remove_duplicate=False)):
+        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

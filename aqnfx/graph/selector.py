@@ -1,0 +1,179 @@
+"""Selectors: a text that chooses sites by layer, operator kind, module, region, role or id."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from aqnfx.errors import SelectorError, nearest
+from aqnfx.graph.opkinds import OP_SETS, OpKind
+from aqnfx.graph.program import Program
+from aqnfx.graph.sites import REGIONS, Site
+
+_FIELDS = ("layers", "ops", "modules", "regions", "sites")
+_RANGE = re.compile(r"^(?:(?P<stack>[^:]+):)?(?P<low>\d+)(?:-(?P<high>\d+))?$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selector:
+    """Which sites: every field that is set must match; the values of one field are alternatives.
+
+    Text form: ``layers:0-4|7,ops:linear|softmax,modules:*.mlp.*,regions:attention,sites:ID``. ``ops`` also takes the
+    sets ``core`` (linear, matmul, bmm), ``extended`` (core + softmax, silu, gelu, norms) and ``all``; a layer may be
+    prefixed by its stack (``layers:decoder.block:0-3``), ``layers:none`` is what lies outside of all blocks. Sites that
+    depend on positions and masks alone (region ``position``) match only when named by region, module or id, or by
+    ``ops:all``.
+    """
+
+    layers: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [*OP_SETS, *(str(k) for k in OpKind)]
+        for op in self.ops:
+            if op not in known:
+                raise SelectorError(f"unknown operator kind {op!r}; known: {', '.join(known)}{nearest(op, known)}")
+        for region in self.regions:
+            if region not in REGIONS:
+                raise SelectorError(f"unknown region {region!r}; known: {', '.join(REGIONS)}")
+        for layer in self.layers:
+            match = _RANGE.match(layer)
+            if layer != "none" and not match:
+                raise SelectorError(f"layers:{layer!r} is not a number, a range like 0-4, STACK:0-4, or 'none'")
+            if match and match["high"] and int(match["high"]) < int(match["low"]):
+                raise SelectorError(f"layers:{layer} is an empty range; write {match['high']}-{match['low']}")
+
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        """Parse the text form; raises :class:`SelectorError` naming the part that is not understood."""
+        fields: dict[str, tuple[str, ...]] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            key, colon, values = part.partition(":")
+            if not colon or key not in _FIELDS:
+                raise SelectorError(f"selector part {part!r} is not FIELD:VALUE with FIELD one of {', '.join(_FIELDS)}")
+            chosen = tuple(v.strip() for v in values.split("|") if v.strip())
+            if not chosen:
+                raise SelectorError(f"selector part {part!r} names nothing after the colon")
+            fields[key] = fields.get(key, ()) + chosen
+        if not fields:
+            raise SelectorError("the selector is empty; write for example ops:core or layers:0-4")
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        return ",".join(f"{f}:{'|'.join(getattr(self, f))}" for f in _FIELDS if getattr(self, f))
+
+    def kinds(self) -> frozenset[OpKind]:
+        """Return the operator kinds that may match; all of them when ``ops`` is not set."""
+        if not self.ops:
+            return frozenset(OpKind)
+        return frozenset().union(*(OP_SETS.get(op) or {OpKind(op)} for op in self.ops))
+
+    def matches(self, site: Site) -> bool:
+        """Return whether ``site`` is selected."""
+        if site.region == "position" and not (
+            "position" in self.regions or self.modules or self.sites or "all" in self.ops
+        ):
+            return False
+        return (
+            (not self.ops or site.op in self.kinds())
+            and (not self.layers or any(_layer_matches(pattern, site) for pattern in self.layers))
+            and (not self.modules or any(fnmatch.fnmatchcase(site.module, pattern) for pattern in self.modules))
+            and (not self.regions or site.region in self.regions)
+            and (not self.sites or site.id in self.sites)
+        )
+
+    def select(self, program: Program) -> tuple[Site, ...]:
+        """Return the matching sites of ``program`` in execution order.
+
+        Raises :class:`SelectorError` when a layer or site is named that the program does not have; an empty match of
+        names that exist is returned as an empty tuple.
+        """
+        known = [site.id for site in program.sites]
+        for site in self.sites:
+            if site not in known:
+                raise SelectorError(f"unknown site {site!r} among {len(known)}{nearest(site, known)}")
+        for pattern in self.layers:
+            _check_layer(pattern, program)
+        return tuple(site for site in program.sites if self.matches(site))
+
+
+def _layer_matches(pattern: str, site: Site) -> bool:
+    if pattern == "none":
+        return site.layer is None
+    match = _RANGE.match(pattern)
+    if match is None or site.layer is None or (match["stack"] and match["stack"] != site.stack):
+        return False
+    return int(match["low"]) <= site.layer <= int(match["high"] or match["low"])
+
+
+def _check_layer(pattern: str, program: Program) -> None:
+    match = _RANGE.match(pattern)
+    if match is None:
+        return
+    indices = [index for stack, index in program.layers if match["stack"] in (None, stack)]
+    if not indices:
+        stacks = sorted({stack for stack, _ in program.layers})
+        raise SelectorError(f"layers:{pattern}: the model has the layer stacks {', '.join(stacks) or '(none)'}")
+    if int(match["high"] or match["low"]) > max(indices):
+        raise SelectorError(f"layers:{pattern} is out of range; the model has layers {min(indices)}-{max(indices)}")
+
+
+def selector_from(
+    *,
+    layers: Iterable[int | str] | None = None,
+    ops: Iterable[str] | str | None = None,
+    modules: Iterable[str] | str | None = None,
+    sites: Iterable[str] | str | None = None,
+) -> Selector | None:
+    """Return a selector from Python values, or None when nothing is given."""
+
+    def texts(values: Iterable[Any] | str | None) -> tuple[str, ...]:
+        return () if values is None else (values,) if isinstance(values, str) else tuple(str(v) for v in values)
+
+    chosen = Selector(layers=texts(layers), ops=texts(ops), modules=texts(modules), sites=texts(sites))
+    return chosen if str(chosen) else None
+
+
+def select_controls(
+    program: Program,
+    selector: Selector | None,
+    *,
+    layers: Iterable[int | str] | None = None,
+    ops: Iterable[str] | str | None = None,
+    modules: Iterable[str] | str | None = None,
+    sites: Iterable[str] | str | None = None,
+    level: float | None = None,
+    channels: Any = None,
+    phases: Any = "forward",
+    seed: int | None = None,
+    step: int | None = None,
+    row_offset: int | None = None,
+) -> None:
+    """Set the noise controls of ``program``: the selected sites to ``level``, all others off.
+
+    Without ``level`` the selected sites keep theirs. Raises :class:`SelectorError` when no noise node is selected.
+    """
+    controls = program.controls
+    selector = selector or selector_from(layers=layers, ops=ops, modules=modules, sites=sites)
+    chosen = set(controls.sites)
+    if selector is not None:
+        chosen &= {site.id for site in selector.select(program)}
+        if not chosen:
+            raise SelectorError(f"{selector} selects none of the {len(controls.sites)} sites with noise nodes")
+    for site, control in controls.sites.items():
+        if site not in chosen:
+            controls.set_level(site, 0.0)
+            continue
+        if level is not None:
+            controls.set_level(site, level, phases)
+        elif phases != "forward":
+            controls.set_level(site, float(control.level.max()), phases)
+        if channels is not None:
+            controls.set_channels(site, channels)
+    controls.set_run(seed=seed, step=step, row_offset=row_offset)

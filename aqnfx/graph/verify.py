@@ -1,0 +1,136 @@
+"""Legality rules of a Program's graph, run after every pass; an error shows the neighbourhood of the offending node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from aqnfx.errors import VerificationError
+from aqnfx.graph.render import target_name
+import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
+from aqnfx.graph.tags import constant, get_tag, module_stack, site_of, tensor_value
+
+Finding = tuple[Node, str]
+Rule = Callable[[GraphModule], Iterator[Finding]]
+
+
+def _attributes_exist(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            try:
+                constant(module, node)
+            except AttributeError:
+                yield node, f"reads {node.target!r}, which the module does not have"
+
+
+def _only_functions(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            yield node, f"is a {node.op}; a normalised graph has functions only"
+
+
+def _values_known(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.users and "val" not in node.meta:
+            yield node, "has users and no known value (meta['val'])"
+
+
+def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if get_tag(node).inserted_by is None or node.target is not torch.ops.aqnfx.noise.default:
+            continue
+        before, after = tensor_value(node.args[0]), tensor_value(node)
+        if before is None or after is None or before.dtype != after.dtype or before.dim() != after.dim():
+            yield node, "does not keep shape and dtype of the value that it replaces"
+
+
+def _inserted_not_bypassed(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.target is not torch.ops.aqnfx.noise.default:
+            continue
+        others = [u for u in node.args[0].users if u is not node and get_tag(u).inserted_by is None]
+        if others:
+            yield node, f"is bypassed: {others[0].name} still uses {node.args[0].name} directly"
+
+
+def _inserted_have_provenance(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.op != "call_function" or get_tag(node).inserted_by:
+            continue
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx":
+            yield node, "is an aqnfx operation without the pass that inserted it"
+
+
+def _one_noise_per_site(module: GraphModule) -> Iterator[Finding]:
+    seen: set[str | None] = set()
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aqnfx.noise.default:
+            site = get_tag(node).site
+            if site in seen:
+                yield node, f"is the second noise at {site}"
+            seen.add(site)
+
+
+def _site_ids_unique(module: GraphModule) -> Iterator[Finding]:
+    seen: dict[str, Node] = {}
+    for node in module.graph.nodes:
+        site = site_of(node)
+        if site is not None:
+            if site.id in seen:
+                yield node, f"has the same site id as {seen[site.id].name}: {site.id}"
+            seen[site.id] = node
+
+
+def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        if node.op != "call_function" or get_tag(node).inserted_by is None or not node.args:
+            continue
+        source = node.args[0]
+        if isinstance(source, Node) and source.op == "call_function" and module_stack(source) != module_stack(node):
+            yield node, "does not carry the module stack of the node that it follows"
+
+
+def _functional(module: GraphModule) -> Iterator[Finding]:
+    for node in module.graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or get_tag(node).inserted_by is not None:
+            continue
+        if target._schema.is_mutable:
+            yield node, f"changes its input in place ({target_name(node)})"
+
+
+RULES: dict[str, Rule] = {
+    "attributes-exist": _attributes_exist,
+    "only-functions": _only_functions,
+    "values-known": _values_known,
+    "functional": _functional,
+    "noise-keeps-shape": _inserted_keep_shape,
+    "noise-not-bypassed": _inserted_not_bypassed,
+    "aqnfx-ops-have-provenance": _inserted_have_provenance,
+    "one-noise-per-site": _one_noise_per_site,
+    "site-ids-unique": _site_ids_unique,
+    "inserted-keep-module": _inserted_keep_module,
+}
+
+
+def neighbourhood(node: Node, *, reach: int = 2) -> str:
+    """Return the lines around ``node`` in execution order, the node itself marked."""
+    nodes = list(node.graph.nodes)
+    at = nodes.index(node)
+    lines = []
+    for other in nodes[max(0, at - reach) : at + reach + 1]:
+        lines.append(f"{'-->' if other is node else '   '} {other.format_node() or other.name}")
+    return "\n".join(lines)
+
+
+def verify(module: GraphModule, *, after: str) -> None:
+    """Check every rule; raises :class:`VerificationError` naming the rule, the pass ``after`` and the first node."""
+    try:
+        module.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"{after}: the graph is malformed: {error}") from error
+    for name, rule in RULES.items():
+        for node, problem in rule(module):
+            raise VerificationError(f"{after}: rule {name}: node {node.name} {problem}\n{neighbourhood(node)}")

@@ -1,0 +1,159 @@
+"""Counter-based noise: a pure function of (seed, site, step, sample row, coordinates), in plain int32 tensor operations.
+
+Integers come first and are identical in eager, Inductor, CPU and CUDA; floats follow to 1 ulp. A sample's noise depends
+on its own row number and coordinates only, so it is the same for any batch size, batch order offset and padding.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class NoiseKind(StrEnum):
+    """How noise of level ``l`` perturbs a value ``y``; ``z`` is standard normal.
+
+    ``relative_gaussian``: y + l·|y|·z. ``rms_gaussian``: y + l·rms·z, with rms over the last dimension at the same
+    position. ``absolute_gaussian``: y + l·z. ``uniform``: y + l·|y|·u, u uniform on (−√3, √3), so of unit variance.
+    ``bias``: y + l·|y|, a systematic error. Values that are not finite pass through unchanged in every kind.
+    """
+
+    RELATIVE_GAUSSIAN = "relative_gaussian"
+    RMS_GAUSSIAN = "rms_gaussian"
+    ABSOLUTE_GAUSSIAN = "absolute_gaussian"
+    UNIFORM = "uniform"
+    BIAS = "bias"
+
+
+def as_int32(value: int) -> int:
+    """Return ``value`` modulo 2³² as a signed 32-bit integer."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+# Odd multipliers of two bias-tested 32-bit mixers: "lowbias32" and the best two-round function of the hash-prospector
+# search (C. Wellons, 2018-2022, public domain); GOLDEN is 2**32 / golden ratio, whose multiples mod 2**32 are spread
+# evenly, so that coordinates never collide before they are mixed.
+_MIX_1, _MIX_2 = as_int32(0x7FEB352D), as_int32(0x846CA68B)
+_TAIL_1, _TAIL_2 = as_int32(0x21F0AAAD), as_int32(0xD35A2D97)
+GOLDEN = as_int32(0x9E3779B1)
+_PHASE_SALT = (0, as_int32(0xA511E9B3))  # forward, backward
+
+# sin(pi/2 v) on [-1, 1]: odd least-squares polynomial, absolute error below 6e-9 (below fp32 rounding).
+_SIN = (1.5707963166, -0.6459637095, 0.0796896732, -0.0046737578, 0.0001514809)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32: torch's ``>>`` copies the sign, the mask clears the copies."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def mix32(x: Tensor) -> Tensor:
+    """Return a bijective 32-bit hash of every element (int32 in, int32 out): xor-shift and multiply, two rounds."""
+    x = x ^ _shift_right(x, 16)
+    x = x * _MIX_1
+    x = x ^ _shift_right(x, 15)
+    x = x * _MIX_2
+    return x ^ _shift_right(x, 16)
+
+
+def columns(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the counters of ``size`` channels, int32 (size,): multiples of the golden ratio modulo 2³²."""
+    return torch.arange(size, dtype=torch.int32, device=device) * GOLDEN
+
+
+def row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase: int) -> Tensor:
+    """Return one 32-bit key per row (all dimensions but the last), int32 of ``shape[:-1]``, or (1,) for 0-d and 1-d.
+
+    ``batch`` is the number of samples: where it divides ``shape[0]``, row ``r`` belongs to sample
+    ``r // (shape[0] // batch)`` and the sample's number is that plus ``run[2]``; ``key`` int32 (1,) is the site's,
+    ``run`` int32 (3,) holds seed, step and row offset. ``phase`` is 0 forward, 1 backward.
+    """
+    base = mix32(key ^ mix32(run[0:1] ^ mix32(run[1:2] + (GOLDEN ^ _PHASE_SALT[phase]))))
+    if len(shape) < 2:
+        return base
+    inner = shape[0] // batch
+    rows = torch.arange(shape[0], dtype=torch.int32, device=key.device)
+    sample = rows // inner
+    keys = mix32(mix32((sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
+    for size in shape[1:-1]:
+        keys = mix32(keys.unsqueeze(-1) + (columns(size, key.device) + GOLDEN))
+    return keys
+
+
+def hashes(keys: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two int32 hashes per element, broadcasting row keys (…, 1) against column counters (C,)."""
+    first = mix32(cols ^ keys)
+    second = (first ^ (keys * _TAIL_1)) * _TAIL_2
+    second = (second ^ _shift_right(second, 15)) * _TAIL_1
+    return first, second
+
+
+def standard_normal(keys: Tensor, cols: Tensor) -> Tensor:
+    """Return standard normal fp32 values by Box and Muller (1958), of the broadcast shape of (…, 1) and (C,).
+
+    The radius uses 31 bits, so values reach ±6.6; the cosine is a polynomial after folding its argument.
+    """
+    first, second = hashes(keys, cols)
+    radius = torch.sqrt(-2.0 * torch.log((first.to(torch.float32).abs() + 0.5) * (2.0**-31)))
+    fold = 1.0 - 2.0 * (second.to(torch.float32) * (2.0**-31)).abs()
+    square = fold * fold
+    cosine = _SIN[4]
+    for coefficient in _SIN[3::-1]:
+        cosine = cosine * square + coefficient  # type: ignore[assignment]  # float only before the first product
+    return radius * (fold * cosine)
+
+
+def perturb(x: Tensor, level: Tensor, keys: Tensor, cols: Tensor, channels: Tensor | None, kind: str) -> Tensor:
+    """Return ``x`` with noise of ``kind`` and scalar tensor ``level``; ``x`` is (…, C), ``keys`` (…, 1), ``cols`` (C,).
+
+    ``channels`` is a bool mask that broadcasts against ``x``: elsewhere, where ``level`` is 0 and where ``x`` is not
+    finite the result is ``x`` bit for bit. Arithmetic is in fp32 at least; the result has the dtype of ``x``.
+    """
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    magnitude = wide.abs()
+    active = (level != 0) & (magnitude < math.inf)
+    if channels is not None:
+        active = active & channels
+    if kind == NoiseKind.BIAS:
+        delta = magnitude
+    elif kind == NoiseKind.UNIFORM:
+        unit = hashes(keys, cols)[0].to(torch.float32) * (math.sqrt(3.0) * 2.0**-31)
+        delta = magnitude * unit
+    else:
+        z = standard_normal(keys, cols)
+        if kind == NoiseKind.RELATIVE_GAUSSIAN:
+            delta = magnitude * z
+        elif kind == NoiseKind.RMS_GAUSSIAN:
+            delta = wide.square().mean(-1, keepdim=True).sqrt() * z
+        elif kind == NoiseKind.ABSOLUTE_GAUSSIAN:
+            delta = z
+        else:
+            raise ValueError(f"noise kind {kind!r} is not one of {', '.join(NoiseKind)}")
+    return torch.where(active, (wide + level * delta).to(x.dtype), x)
+
+
+def noise_reference(
+    x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
+    batch: int, kind: str, channel_dim: int, phase: int,
+) -> Tensor:  # fmt: skip
+    """Return ``x`` perturbed, in plain tensor operations: what ``aqnfx::noise`` means and what ``lower-ops`` inlines.
+
+    ``level`` fp32 (2,): forward and backward level. ``key`` int32 (1,), ``run`` int32 (3,): see :func:`row_keys`.
+    ``channels`` bool (size of dimension ``channel_dim``,) or None. ``cols`` int32 (C,): :func:`columns`, or None where
+    the last dimension is dynamic.
+    """
+    keys = row_keys(tuple(x.shape), batch, key, run, phase)
+    if x.dim() > 1:
+        keys = keys.unsqueeze(-1)
+    if cols is None:
+        cols = columns(x.shape[-1] if x.dim() else 1, x.device)
+    if x.dim() == 0:
+        keys, cols = keys.reshape(()), cols.reshape(())
+    mask = channels
+    if mask is not None and channel_dim % x.dim() != x.dim() - 1:
+        mask = mask.reshape([-1] + [1] * (x.dim() - 1 - channel_dim % x.dim()))
+    return perturb(x, level[phase], keys, cols, mask, kind)

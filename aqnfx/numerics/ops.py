@@ -1,0 +1,95 @@
+"""The operators that passes insert: ``aqnfx::noise`` and ``aqnfx::count``, registered with ``torch.library``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.numerics.noise import columns, noise_reference, perturb, row_keys
+
+
+@functools.cache
+def _compiled_perturb() -> Callable[..., Tensor]:
+    """One Inductor kernel for (rows, channels): shapes are dynamic, so it compiles once per kind and dtype."""
+    return torch.compile(perturb, dynamic=True, fullgraph=True)
+
+
+def _rows_first(x: Tensor) -> list[int] | None:
+    """Return the permutation of the leading dimensions that makes ``x`` contiguous, or None where there is none."""
+    if x.dim() < 2 or x.stride(-1) != 1:
+        return None
+    order = sorted(range(x.dim() - 1), key=lambda d: (-x.stride(d), d))
+    return [*order, x.dim() - 1] if x.permute([*order, x.dim() - 1]).is_contiguous() else None
+
+
+def _compiled_noise(
+    x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
+    batch: int, kind: str, phase: int, order: list[int],
+) -> Tensor:  # fmt: skip
+    keys = row_keys(tuple(x.shape), batch, key, run, phase).permute(order[:-1]).reshape(-1, 1)
+    flat = x.permute(order)
+    if cols is None:
+        cols = columns(x.shape[-1], x.device)
+    result = _compiled_perturb()(flat.reshape(-1, x.shape[-1]), level[phase], keys, cols, channels, kind)
+    inverse = sorted(range(x.dim()), key=order.__getitem__)
+    return result.reshape(flat.shape).permute(inverse)
+
+
+@torch.library.custom_op("aqnfx::noise", mutates_args=())
+def noise(
+    x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
+    batch: int, kind: str, channel_dim: int = -1, phase: int = 0, compiled: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return ``x`` with noise (see :func:`aqnfx.numerics.noise.noise_reference`), always a new tensor.
+
+    ``compiled`` runs the arithmetic in one Inductor kernel where the layout allows; the numbers agree to 1 ulp. On the
+    CPU a level of 0 costs a copy. To autograd the forward noise is an additive constant; the backward noise
+    (``level[1]``) perturbs the gradient on its way back.
+    """
+    if x.numel() == 0 or (level.device.type == "cpu" and float(level[phase]) == 0.0):
+        return x.clone()
+    last = channels is None or channel_dim % x.dim() == x.dim() - 1
+    order = _rows_first(x) if compiled and last else None
+    if order is not None:
+        return _compiled_noise(x, level, key, run, channels, cols, batch, kind, phase, order)
+    return noise_reference(x, level, key, run, channels, cols, batch, kind, channel_dim, phase)
+
+
+@noise.register_fake
+def _(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, level, key, run, channels, cols, batch, kind, channel_dim, phase, compiled = inputs
+    # Controls may be set anew between forward and backward: the backward uses those of its own forward.
+    ctx.save_for_backward(level.clone(), key, run.clone(), None if channels is None else channels.clone(), cols)
+    ctx.settings = (batch, kind, channel_dim, 1 - phase, compiled)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    noised = torch.ops.aqnfx.noise(grad, *ctx.saved_tensors, *ctx.settings)
+    return (noised, *(None,) * 10)
+
+
+noise.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("aqnfx::count", mutates_args=("hits",))
+def count(level: Tensor, hits: Tensor) -> None:
+    """Add 1 to ``hits`` (int64, (1,)) where the forward level is not 0: the injection counter of a site."""
+    hits.add_((level[0] != 0).to(hits.dtype))
+
+
+@count.register_fake
+def _(level: Tensor, hits: Tensor) -> None:
+    return None
+
+
+def count_reference(level: Tensor, hits: Tensor) -> Tensor:
+    """What ``aqnfx::count`` means in plain operations; returns the updated ``hits``."""
+    return hits.add_((level[0] != 0).to(hits.dtype))

@@ -1,0 +1,228 @@
+"""From examples to batches of token ids: what is scored, what answers what, and one shape for compiled graphs."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from aqnfx.errors import InputError
+from aqnfx.probes.examples import Example, load_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Batch", "DataWarning", "Encoded", "Example", "data_digest", "encode", "load_examples", "make_batches"]
+
+
+class DataWarning(UserWarning):
+    """Some examples cannot be used as they stand; the message counts them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """One sample as token ids.
+
+    Tokens at positions [``score_from``, len) are predicted and scored; ``score_from`` >= 1. ``answer``: positions
+    [start, end) of the answer's tokens, None where there is none or it was cut off. ``truncated``: tokens beyond
+    ``max_length`` were cut off.
+    """
+
+    input_ids: tuple[int, ...]
+    score_from: int
+    answer: tuple[int, int] | None = None
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.score_from < len(self.input_ids):
+            raise ValueError(f"score_from={self.score_from} leaves nothing to score of {len(self.input_ids)} tokens")
+        if self.answer is not None and not self.score_from <= self.answer[0] < self.answer[1] <= len(self.input_ids):
+            raise ValueError(f"answer {self.answer} lies outside the scored tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """Right-padded rows; rows at and beyond ``size`` only fill the shape and are never scored.
+
+    ``row_offset``: index of the first row among all samples. ``input_ids``, ``attention_mask``: int64 (B, S).
+    ``score_mask``, ``answer_mask``: bool (B, S−1), True at t where ``logits[:, t]`` predicts a scored token, or a token
+    of the answer, at t + 1. ``answer_mask`` is None where no sample of the whole data set has an answer.
+    """
+
+    row_offset: int
+    size: int
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    score_mask: torch.Tensor
+    answer_mask: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return Batch(
+            row_offset=self.row_offset,
+            size=self.size,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            score_mask=self.score_mask.to(device),
+            answer_mask=None if self.answer_mask is None else self.answer_mask.to(device),
+        )
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool = False
+) -> tuple[Encoded, ...]:
+    """Return the examples as token ids, each cut to ``max_length`` tokens.
+
+    Of an example with an answer the answer's tokens are scored, of a text all tokens but the first. ``pack`` joins the
+    texts and cuts them into samples of ``max_length`` tokens, so that short texts cost no padding and long ones lose
+    nothing (but for a last single token). Examples without a scored token left are dropped, and answers that were cut
+    off count for no exact match: a DataWarning gives both numbers. Cut samples have ``truncated`` set.
+
+    Raises InputError where ``max_length`` < 2, there are no examples, none is left, or ``pack`` meets an answer.
+    """
+    if max_length < 2:
+        raise InputError(f"max_length must be at least 2 (a token to predict from, one to score), found {max_length}")
+    if not examples:
+        raise InputError("no examples to encode")
+    rows: Iterator[tuple[tuple[int, ...], int, int | None]]
+    if pack and all(example.answer is None for example in examples):
+        stream = [token for ids, _, _ in _tokenize(examples, tokenizer) for token in ids]
+        rows = ((tuple(stream[i : i + max_length]), 1, None) for i in range(0, len(stream) - 1, max_length))
+    elif pack:
+        raise InputError("pack: examples with answers cannot be packed; leave pack off")
+    else:
+        rows = _tokenize(examples, tokenizer)
+    encoded: list[Encoded] = []
+    dropped = cut_answers = 0
+    for ids, start, end in rows:
+        kept = ids[:max_length]
+        if start >= len(kept):
+            dropped += 1
+            continue
+        whole = end is not None and start < end <= len(kept)
+        cut_answers += end is not None and not whole
+        answer = (start, end) if end is not None and whole else None
+        encoded.append(Encoded(input_ids=kept, score_from=start, answer=answer, truncated=len(kept) < len(ids)))
+    if not encoded:
+        raise InputError(f"none of the {len(examples)} examples has a token to score within max_length={max_length}")
+    if dropped or cut_answers:
+        warnings.warn(
+            f"{dropped} of {dropped + len(encoded)} samples have no token to score within max_length={max_length} and "
+            f"were dropped; {cut_answers} more had their answer cut off and count for no exact match",
+            DataWarning,
+            stacklevel=2,
+        )
+    return tuple(encoded)
+
+
+def make_batches(
+    encoded: Sequence[Encoded], *, batch_size: int, pad_id: int, fixed_length: int | None = None
+) -> Iterator[Batch]:
+    """Yield the samples in order as batches of ``batch_size`` rows, right-padded with ``pad_id``.
+
+    Without ``fixed_length`` a batch is as long as its longest row and the last may have fewer rows. With it every batch
+    has the shape (batch_size, fixed_length), the last filled up with copies of its first row, so that a compiled graph
+    sees one shape. Raises InputError for no samples, a size below 1, or a row longer than ``fixed_length``.
+    """
+    if not encoded or batch_size < 1:
+        raise InputError(f"batches need samples and a batch size of at least 1, found {len(encoded)} and {batch_size}")
+    longest = max(len(row.input_ids) for row in encoded)
+    if fixed_length is not None and longest > fixed_length:
+        raise InputError(f"a sample has {longest} tokens, more than fixed_length={fixed_length}; lower max_length")
+    answers = any(row.answer is not None for row in encoded)
+    return (
+        _batch(encoded[offset : offset + batch_size], offset, batch_size, pad_id, fixed_length, answers)
+        for offset in range(0, len(encoded), batch_size)
+    )
+
+
+def data_digest(encoded: Sequence[Encoded]) -> str:
+    """Return the SHA-256 (hexadecimal) of token ids, scored ranges and answers, in order; equal data, equal digest."""
+    digest = hashlib.sha256(b"aqnfx.data/1")
+    for row in encoded:
+        start, end = row.answer or (-1, -1)
+        header = [len(row.input_ids), row.score_from, start, end]
+        digest.update(np.asarray([*header, *row.input_ids], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _batch(
+    rows: Sequence[Encoded], offset: int, batch_size: int, pad_id: int, fixed_length: int | None, answers: bool
+) -> Batch:
+    height = batch_size if fixed_length is not None else len(rows)
+    width = fixed_length if fixed_length is not None else max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((height, width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((height, width), dtype=torch.int64)
+    score_mask = torch.zeros((height, width - 1), dtype=torch.bool)
+    answer_mask = torch.zeros((height, width - 1), dtype=torch.bool) if answers else None
+    for i, row in enumerate([*rows, *[rows[0]] * (height - len(rows))]):
+        length = len(row.input_ids)
+        input_ids[i, :length] = torch.tensor(row.input_ids, dtype=torch.int64)
+        attention_mask[i, :length] = 1
+        if i >= len(rows):
+            continue
+        score_mask[i, row.score_from - 1 : length - 1] = True
+        if answer_mask is not None and row.answer is not None:
+            answer_mask[i, row.answer[0] - 1 : row.answer[1] - 1] = True
+    return Batch(
+        row_offset=offset, size=len(rows), input_ids=input_ids, attention_mask=attention_mask, score_mask=score_mask,
+        answer_mask=answer_mask,
+    )  # fmt: skip
+
+
+def _tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[tuple[int, ...], int, int | None]]:
+    """Yield (ids, first scored position, end of the answer or None) of each example, not yet cut."""
+    texts = _ids(tokenizer, [example.text for example in examples])
+    prompts = iter(_ids(tokenizer, [example.prompt for example in examples if example.prompt is not None]))
+    for example, ids in zip(examples, texts, strict=True):
+        if example.prompt is None:
+            yield tuple(ids), 1, None
+            continue
+        prompt = next(prompts)
+        if len(prompt) < len(ids) and ids[: len(prompt)] == prompt:
+            start, end = len(prompt), len(ids)
+        else:
+            start, end = _answer_range(example.text, len(example.prompt), ids, prompt, tokenizer)
+        # A prompt without a token (an empty one, no start token) leaves the first answer token without a prediction.
+        yield tuple(ids), max(start, 1), end
+
+
+def _answer_range(
+    text: str, prompt_chars: int, ids: list[int], prompt: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, int]:
+    """Return positions [start, end) of the answer where the prompt's tokens are no prefix of the text's.
+
+    That happens where a token spans the border, and counts as answer, or a special token follows the text, and does
+    not count. Without character offsets the common prefix is taken.
+    """
+    if tokenizer.is_fast:
+        offsets: list[tuple[int, int]] = _call(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
+        answer = [i for i, (a, b) in enumerate(offsets) if b > prompt_chars and b > a]
+        if answer:
+            return answer[0], answer[-1] + 1
+    shared = 0
+    while shared < min(len(ids), len(prompt)) and ids[shared] == prompt[shared]:
+        shared += 1
+    end = len(ids)
+    special = set(tokenizer.all_special_ids)
+    while end > shared + 1 and ids[end - 1] in special:
+        end -= 1
+    return shared, end
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = _call(tokenizer, texts)["input_ids"] if texts else []
+    return ids
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: bool) -> Mapping[str, Any]:
+    # verbose=False: texts longer than the model are expected here, and are cut afterwards.
+    result: Mapping[str, Any] = tokenizer(text, truncation=False, padding=False, verbose=False, **options)
+    return result

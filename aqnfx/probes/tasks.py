@@ -1,0 +1,203 @@
+"""From logits to per-sample scores: every metric from one look at the logits.
+
+KL, likelihood and agreement of a perturbed run are computed relative to the clean one. With p the clean distribution,
+d = z' − z the change of the logits and m = Σ p·d,
+
+    KL(p ‖ p') = log Σ p·e^d − Σ p·d = log(1 + Σ p·(e^x − 1 − x)),   x = d − m,
+
+and log Z' = log Z + m + KL. Only differences of logits enter, so a KL of 1e-9 keeps its digits where the difference of
+two float32 log-softmaxes is rounding noise of about 1e-7; every term is >= 0; equal logits give exactly 0; and there is
+one exponential per vocabulary entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from aqnfx.errors import InputError, ProbeError, nearest
+from aqnfx.probes.data import Batch
+
+Scores = dict[str, NDArray[np.float64]]
+
+TASKS = ("kl", "nll", "top1_agreement", "exact_match")
+
+_CHUNK_CPU = 1 << 20  # vocabulary entries at a time: stays in the caches
+_CHUNK_GPU = 1 << 26  # few launches, 256 MiB per temporary
+_LARGEST_RISE = 60.0  # e^x beyond this is computed in float64 with the textbook formula
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """The clean run of one batch at its m scored positions, what perturbed runs of that batch are scored against.
+
+    ``rows``, ``columns``: int64 (m,), where they stand in the logits. ``logits``: (m, V) as the model gave them.
+    ``probabilities``: (m, V) float32 (float64 for float64 logits). ``log_norm``, ``label_logit``: float64 (m,).
+    ``labels``, ``top``: int64 (m,), the token that follows and the clean argmax. ``answer``: bool (m,) or None.
+    """
+
+    size: int
+    row_offset: int
+    shape: tuple[int, ...]
+    rows: torch.Tensor
+    columns: torch.Tensor
+    logits: torch.Tensor
+    probabilities: torch.Tensor
+    log_norm: torch.Tensor
+    label_logit: torch.Tensor
+    labels: torch.Tensor
+    top: torch.Tensor
+    answer: torch.Tensor | None
+
+
+def accuracy_like(task: str, has_answers: bool) -> Literal["exact_match", "top1"]:
+    """Return the score that relative degradation is read from: ``exact_match`` for that task, else ``top1``.
+
+    For ``top1`` the clean value is the number of scored tokens, so degradation is 1 − top-1 agreement. Raises
+    InputError for an unknown task, or ``exact_match`` on data without answers.
+    """
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}{nearest(task, TASKS)}")
+    if task != "exact_match":
+        return "top1"
+    if not has_answers:
+        raise InputError("task exact_match needs examples with 'question' and 'answer'; for plain text use kl")
+    return "exact_match"
+
+
+@torch.no_grad()
+def reference(batch: Batch, logits: torch.Tensor) -> tuple[Reference, Scores]:
+    """Return the clean reference of a batch and its own scores, from logits (B, S, V) of any float dtype.
+
+    Scores are float64 (size,): those of :func:`score` with kl 0 and every position agreeing. Raises ProbeError where
+    logits are not finite at a scored position, or do not have the shape of the batch.
+    """
+    if logits.ndim != 3 or tuple(logits.shape[:2]) != tuple(batch.input_ids.shape):
+        raise ProbeError(
+            f"the model returned logits of shape {tuple(logits.shape)}, and the batch needs "
+            f"({', '.join(str(s) for s in batch.input_ids.shape)}, vocabulary)"
+        )
+    mask = batch.score_mask[: batch.size].to(logits.device)
+    rows, columns = mask.nonzero(as_tuple=True)
+    labels = batch.input_ids.to(logits.device)[rows, columns + 1]
+    if rows.numel() == 0:
+        raise ProbeError("the batch has no scored position; make batches with make_batches")
+    clean = logits[rows, columns]
+    # A NaN or infinity anywhere in a row makes its sum NaN or infinite; only then is a closer look needed.
+    if not bool(clean.sum(dtype=torch.float64).isfinite()):
+        _require_finite(clean, rows, batch.row_offset)
+    probabilities = torch.empty(clean.shape, dtype=_work_dtype(clean), device=clean.device)
+    norms: list[torch.Tensor] = []
+    for part in _chunks(clean):
+        wide = clean[part].to(probabilities.dtype)
+        top = wide.amax(dim=-1, keepdim=True)
+        exponentials = torch.sub(wide, top, out=probabilities[part]).exp_()
+        total = exponentials.sum(dim=-1, keepdim=True)
+        exponentials.div_(total)
+        norms.append((top.double() + total.double().log()).squeeze(-1))
+    answer = None if batch.answer_mask is None else batch.answer_mask.to(logits.device)[rows, columns]
+    made = Reference(
+        size=batch.size,
+        row_offset=batch.row_offset,
+        shape=tuple(logits.shape),
+        rows=rows,
+        columns=columns,
+        logits=clean,
+        probabilities=probabilities,
+        log_norm=torch.cat(norms),
+        label_logit=clean.gather(-1, labels[:, None]).squeeze(-1).double(),
+        labels=labels,
+        top=clean.argmax(dim=-1),
+        answer=answer,
+    )
+    nll = made.log_norm - made.label_logit
+    return made, _per_sample(made, torch.zeros_like(nll), nll, made.top)
+
+
+@torch.no_grad()
+def score(reference: Reference, logits: torch.Tensor) -> Scores:
+    """Return per-sample scores of a perturbed run of the same batch, from its logits (B, S, V).
+
+    Each is float64 (size,): ``kl`` the sum over the sample's scored positions of KL(clean ‖ perturbed), ``nll`` that of
+    the negative log-likelihood of the tokens, both in nats; ``top1`` the number of positions whose argmax equals the
+    clean one; ``exact_match`` 1 where every token of the answer is the argmax given the tokens before it (teacher
+    forcing), else 0, nan for a sample without an answer; the key is present where the data set has answers. Raises
+    ProbeError where logits are not finite at a scored position, or have another shape than the clean ones.
+    """
+    if tuple(logits.shape) != reference.shape:
+        raise ProbeError(f"perturbed logits have shape {tuple(logits.shape)}, and the clean ones {reference.shape}")
+    kls: list[torch.Tensor] = []
+    nlls: list[torch.Tensor] = []
+    tops: list[torch.Tensor] = []
+    for part in _chunks(reference.logits):
+        noisy = logits[reference.rows[part], reference.columns[part]]
+        kl, nll = _divergence(reference, part, noisy)
+        kls.append(kl)
+        nlls.append(nll)
+        tops.append(noisy.argmax(dim=-1))
+    return _per_sample(reference, torch.cat(kls), torch.cat(nlls), torch.cat(tops))
+
+
+def _divergence(reference: Reference, part: slice, noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL and negative log-likelihood (float64) at the positions ``part``, with perturbed logits ``noisy``."""
+    probabilities, clean = reference.probabilities[part], reference.logits[part]
+    labels = reference.labels[part][:, None]
+    change = noisy.to(probabilities.dtype) - clean.to(probabilities.dtype)
+    mean = torch.mul(probabilities, change).sum(dim=-1, keepdim=True)
+    change.sub_(mean)
+    largest = change.amax(dim=-1)
+    excess = torch.expm1(change).sub_(change).mul_(probabilities).sum(dim=-1)
+    kl = excess.double().log1p()
+    label_logit = noisy.gather(-1, labels).squeeze(-1).double()
+    nll = reference.log_norm[part] + mean.squeeze(-1).double() + kl - label_logit
+    wild = (~(largest <= _LARGEST_RISE)).nonzero().squeeze(-1)  # nan compares as wild, too
+    if wild.numel():
+        far = noisy[wild]
+        _require_finite(far, reference.rows[part][wild], reference.row_offset)
+        p, q = (torch.log_softmax(z.double(), dim=-1) for z in (clean[wild], far))
+        kl[wild] = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0.0)
+        nll[wild] = -q.gather(-1, labels[wild]).squeeze(-1)
+    return kl, nll
+
+
+def _per_sample(reference: Reference, kl: torch.Tensor, nll: torch.Tensor, top: torch.Tensor) -> Scores:
+    """Add up per-position values by sample, in float64 and on the CPU, where the order of addition is fixed."""
+    rows = reference.rows.cpu()
+
+    def total(values: torch.Tensor) -> NDArray[np.float64]:
+        sums = torch.zeros(reference.size, dtype=torch.float64).index_add_(0, rows, values.double().cpu())
+        result: NDArray[np.float64] = sums.numpy()
+        return result
+
+    scores = {"kl": total(kl), "nll": total(nll), "top1": total(top == reference.top)}
+    if reference.answer is not None:
+        tokens, wrong = total(reference.answer), total(reference.answer & (top != reference.labels))
+        scores["exact_match"] = np.where(tokens > 0, (wrong == 0).astype(np.float64), np.nan)
+    return scores
+
+
+def _chunks(values: torch.Tensor) -> Iterator[slice]:
+    """Yield slices of the m positions of (m, V) that bound the memory of temporaries."""
+    limit = _CHUNK_CPU if values.device.type == "cpu" else _CHUNK_GPU
+    step = max(1, limit // max(1, values.shape[-1]))
+    return (slice(start, start + step) for start in range(0, values.shape[0], step))
+
+
+def _work_dtype(values: torch.Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _require_finite(logits: torch.Tensor, rows: torch.Tensor, row_offset: int) -> None:
+    bad = rows[~torch.isfinite(logits).all(dim=-1)]
+    if bad.numel():
+        samples = sorted({row_offset + int(row) for row in bad})
+        names = ", ".join(str(sample) for sample in samples[:5]) + (", …" if len(samples) > 5 else "")
+        raise ProbeError(
+            f"logits are not finite at {bad.numel()} scored positions of sample {names}; "
+            "lower the noise level, or run the model in float32"
+        )

@@ -1,0 +1,186 @@
+"""The report as GitHub Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
+from aqnfx.reporting.summary import confidence_text
+from aqnfx.reporting.text import (
+    MISSING,
+    factor,
+    factor_range,
+    flatten,
+    half_width,
+    names,
+    nats,
+    nats_range,
+    percent,
+    percent_range,
+    window_name,
+)
+from aqnfx.reporting.text import escape_markdown as md
+
+
+def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
+    """Return the report as GitHub Markdown, ending in a new line.
+
+    ``report`` is the record that :func:`aqnfx.reporting.report.build_report` makes of ``smap``. Names from outside are
+    escaped: they cannot add table cells, markup or HTML.
+    """
+    sections = [
+        [f"# {md(report['title'])}"],
+        _summary(report),
+        _operators(smap, report),
+        _layers(smap, report),
+        _windows(smap, report),
+        _recommendations(report),
+        _method(smap),
+        _pairs("Provenance", flatten({"model": report["model"]} | report["provenance"])),
+        _pairs("Cost", flatten(report["cost"])),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a Markdown table with every cell escaped; ``right`` names the right-aligned columns."""
+    rule = ["---:" if column in right else "---" for column in range(len(header))]
+    lines = [_line(md(cell) for cell in header), _line(rule)]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"table: a row of {len(row)} cells under {len(header)} columns")
+        lines.append(_line(md(cell) for cell in row))
+    return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    lines = ["## Summary", "", " ".join(md(sentence) for sentence in report["summary"])]
+    if report["partial"]:
+        lines[2:2] = ["**Partial run.**", ""]
+    for note in report["notes"]:
+        lines += ["", f"> {md(note)}"]
+    return lines
+
+
+def _operators(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
+    rows = report["operators"]
+    if not rows:
+        return []
+    limits = report["critical_threshold"].get("operators", {})
+    body = [
+        (
+            row["rank"], row["key"], percent(row["degradation"]), percent_range(row["degradation_ci"]),
+            nats(row["kl"]), nats_range(row["kl_ci"]), factor(row["score"]), row["class"],
+            "yes" if row["distinguishable"] else "no", _threshold(smap, limits.get(row["key"])), _tie(row),
+        )
+        for row in rows
+    ]  # fmt: skip
+    header = (
+        "#", "Operator", "Degradation", "Interval", "KL (nats/token)", "Interval", "Score", "Class",
+        "Distinguishable from 0", "Level for 10 %", "Against the next",
+    )  # fmt: skip
+    title = f"## Operators at level {smap.base_level:g}"
+    return [title, "", *table(header, body, right=(0, 2, 4, 6, 9))]
+
+
+def _layers(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
+    layers = report["layer_levels"]
+    if not layers:
+        return []
+    ranks = {row["key"]: row for row in report["layers"]}
+    limits = report["critical_threshold"].get("layers", {})
+    keys = [level_key(level) for level in smap.levels]
+    body = []
+    for key, entry in layers.items():
+        cells = [_cell(entry["levels"].get(level)) for level in keys]
+        row = ranks.get(key, {})
+        limit = _threshold(smap, limits.get(key))
+        body.append((key, *cells, row.get("rank", MISSING), row.get("class", MISSING), limit, _tie(row)))
+    header = ("Layer", *(f"Level {level}" for level in keys), "Rank", "Class", "Level for 10 %", "Against the next")
+    caption = (
+        f"Degradation ± half the {confidence_text(smap)} interval, then KL in nats per token; rank and class at level "
+        f"{smap.base_level:g}; * not distinguishable from no effect."
+    )
+    rows = table(header, body, right=(*range(1, len(keys) + 2), len(keys) + 3))
+    return ["## Layers", "", md(caption), "", *rows]
+
+
+def _cell(values: dict[str, Any] | None) -> str:
+    if not values or values["degradation"] is None:
+        return MISSING
+    half = half_width(values["degradation_ci"])
+    spread = "" if half is None else f" ± {percent(half).removesuffix(' %')}"
+    mark = "" if values["distinguishable"] else "*"
+    return f"{percent(values['degradation']).removesuffix(' %')}{spread} %{mark}, {nats(values['kl'])}"
+
+
+def _tie(row: dict[str, Any]) -> str:
+    if "difference_to_next" not in row:
+        return ""
+    if not row["tied_with_next"]:
+        return "distinguishable"
+    return "tied" if row["difference_to_next"]["kl_tied"] else "tied (KL differs)"
+
+
+def _threshold(smap: SensitivityMap, limit: float | None) -> str:
+    return f"> {max(smap.levels):g}" if limit is None else f"{limit:.3g}"
+
+
+def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
+    if not report["windows"]:
+        return []
+    body = [
+        (
+            window_name(window["layers"]), percent(window["degradation"]), percent_range(window["degradation_ci"]),
+            window["class"], nats(window["measured"]), nats_range(window["ci"]), nats(window["predicted"]),
+            factor(window["amplification"]), factor_range(window["amplification_ci"]),
+            "yes" if window["superadditive"] else "no", "yes" if window["avalanche"] else "no",
+        )
+        for window in report["windows"]
+    ]  # fmt: skip
+    points = [window_name(layers) for layers in report["avalanche_points"]]
+    found = f"Avalanche points: {names(points, limit=20)}." if points else "No avalanche points."
+    header = (
+        "Layers", "Degradation", "Interval", "Class", "KL (nats/token)", "Interval", "Sum of single layers",
+        "Amplification", "Interval", "Superadditive", "Avalanche point",
+    )  # fmt: skip
+    title = f"## Windows at level {smap.base_level:g}"
+    return [title, "", md(found), "", *table(header, body, right=(1, 4, 6, 7))]
+
+
+def _recommendations(report: dict[str, Any]) -> list[str]:
+    lines = ["## Recommendations", ""]
+    for number, item in enumerate(report["recommendations"], start=1):
+        numbers = ""
+        if item["degradation"] is not None:
+            numbers = f"; degradation {percent(item['degradation'])} ({percent_range(item['ci'])})"
+        head = f"**Priority {item['priority']}**, {md(item['action'])}: {md(item['what'])}."
+        lines.append(f"{number}. {head} {md(_sentence(item['reason'] + numbers))}")
+    return lines
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _method(smap: SensitivityMap) -> list[str]:
+    degradation = smap.task.get("degradation", MISSING)
+    text = (
+        f"Every probe perturbs its sites together and is paired with the clean run on the same "
+        f"{smap.samples} samples; scores are means over {len(smap.seeds)} noise seeds. Degradation is "
+        f"{'the relative loss of exact matches' if degradation == 'exact_match' else '1 - top-1 agreement'}; the score "
+        f"is degradation / level (above 3 critical, 1.5 to 3 moderate). Critical entries also have a score interval "
+        f"above 1.5 and are distinguishable from no effect. The prediction for a window is the sum of its layers "
+        f"measured alone."
+    )
+    values = {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "clean": smap.baseline}
+    return ["## Method", "", md(text), "", *table(("Setting", "Value"), flatten(values))]
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> list[str]:
+    return [f"## {title}", "", *table(("What", "Value"), rows)] if rows else []

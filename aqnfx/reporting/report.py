@@ -1,0 +1,82 @@
+"""From a sensitivity map to its report: one record (``aqnfx.diagnosis/1``) and the files that hold it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from aqnfx.diagnosis.recommend import recommend
+from aqnfx.diagnosis.sensitivity import SCHEMA as MAP_SCHEMA
+from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.reporting.artifacts import check_output_dir, read_json, write_json, write_text
+from aqnfx.reporting.markdown import report_markdown
+from aqnfx.reporting.summary import model_name, summary_sentences
+
+SCHEMA = "aqnfx.diagnosis/1"
+FILES = {"map": "sensitivity_map.json", "report": "report.json", "markdown": "report.md"}
+COST_KEYS = ("seconds", "runs", "compile")
+
+
+def build_report(smap: SensitivityMap) -> dict[str, Any]:
+    """Return the report of a map as plain JSON values, schema ``aqnfx.diagnosis/1``.
+
+    It says what the Markdown says, in the same order: summary sentences, rankings, layer by level table, windows,
+    recommendations, method, provenance and cost. Degradations are fractions, KL is in nats per token.
+    """
+    layers = {
+        key: {"levels": {level: _cell(values) for level, values in entry["levels"].items()}}
+        for key, entry in smap.per_layer_detail.items()
+    }
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "title": f"Noise sensitivity of {model_name(smap)}",
+        "partial": smap.partial,
+        "summary": summary_sentences(smap),
+        "operators": smap.ranking.get("operators", []),
+        "layers": smap.ranking.get("layers", []),
+        "layer_levels": layers,
+        "windows": [{k: v for k, v in window.items() if k != "levels"} for window in smap.windows],
+        "critical_ops": smap.critical_ops,
+        "critical_layers": smap.critical_layers,
+        "avalanche_points": smap.avalanche_points,
+        "critical_threshold": smap.critical_threshold,
+        "recommendations": [item.to_record() for item in recommend(smap)],
+        "method": {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "baseline": smap.baseline},
+        "notes": smap.notes,
+        "model": smap.model,
+        "provenance": {key: value for key, value in smap.provenance.items() if key not in COST_KEYS},
+        "cost": {key: smap.provenance[key] for key in COST_KEYS if key in smap.provenance},
+    }
+    cleaned: dict[str, Any] = jsonable(record)
+    return cleaned
+
+
+def save_report(smap: SensitivityMap, directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write ``sensitivity_map.json``, ``report.json`` and ``report.md`` into a directory and return their paths.
+
+    The directory is created where it is missing; each file is replaced as a whole. Raises :class:`InputError` when the
+    directory is not writable.
+    """
+    place = check_output_dir(directory)
+    report = build_report(smap)
+    return {
+        "map": write_json(place / FILES["map"], smap.to_record()),
+        "report": write_json(place / FILES["report"], report),
+        "markdown": write_text(place / FILES["markdown"], report_markdown(smap, report)),
+    }
+
+
+def load_map(path: str | os.PathLike[str]) -> SensitivityMap:
+    """Read a saved map, from its file or from the directory that :func:`save_report` wrote.
+
+    Raises :class:`InputError` when there is no such file, :class:`ArtifactError` when it is not a sensitivity map.
+    """
+    place = Path(path)
+    place = place / FILES["map"] if place.is_dir() else place
+    return SensitivityMap.from_record(read_json(place, schema=MAP_SCHEMA))
+
+
+def _cell(values: dict[str, Any]) -> dict[str, Any]:
+    kept = ("degradation", "degradation_ci", "kl", "ci", "class", "distinguishable")
+    return {name: values.get(name) for name in kept}

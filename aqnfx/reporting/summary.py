@@ -1,0 +1,109 @@
+"""The executive summary: a few sentences with numbers and intervals, and with what was not shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aqnfx.diagnosis.recommend import nothing_distinguishable
+from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.reporting.text import factor, factor_range, names, nats, nats_range, percent, percent_range, window_name
+
+
+def model_name(smap: SensitivityMap) -> str:
+    """Return what the model is called, ``the model`` where nothing says so."""
+    return str(smap.model.get("name") or "the model")
+
+
+def confidence_text(smap: SensitivityMap) -> str:
+    """Return the confidence as ``"95 %"``."""
+    return f"{100.0 * smap.confidence:g} %"
+
+
+def summary_sentences(smap: SensitivityMap) -> list[str]:
+    """Return three to six sentences of plain text (no markup) on the whole map."""
+    sentences = [_what_was_done(smap)]
+    if smap.partial:
+        asked = smap.task.get("samples_requested", "?")
+        sentences.append(f"The run was interrupted: {smap.samples} of {asked} samples were finished.")
+    if nothing_distinguishable(smap):
+        sentences.append(_nothing(smap))
+        worst = [_entry_text(rows[0]) for rows in smap.ranking.values() if rows]
+        if worst:
+            sentences.append(f"The largest estimates, none of them established: {'; '.join(worst)}.")
+        return sentences
+    for one, many, name in (("operator", "operators", "operators"), ("layer", "layers", "layers")):
+        sentences += _most_sensitive(smap, one, many, smap.ranking.get(name, []))
+    sentences += _windows(smap)
+    sentences.append(_critical(smap))
+    return sentences
+
+
+def _what_was_done(smap: SensitivityMap) -> str:
+    parts = [(len(smap.per_operator), "operator kind"), (len(smap.per_layer), "layer"), (len(smap.windows), "window")]
+    probed = names([_plural(count, word) for count, word in parts if count]) or "no group of sites"
+    levels = ", ".join(f"{level:g}" for level in smap.levels)
+    return (
+        f"{probed} of {model_name(smap)} were perturbed with {smap.noise['kind']} noise at level {levels}, on "
+        f"{_plural(smap.samples, 'sample')} ({_plural(int(smap.task['tokens']), 'position')}) with "
+        f"{_plural(len(smap.seeds), 'seed')}; ranges are {confidence_text(smap)} intervals at level "
+        f"{smap.base_level:g}."
+    )
+
+
+def _nothing(smap: SensitivityMap) -> str:
+    return (
+        f"Nothing was found: no operator, layer or window is distinguishable from no effect at level "
+        f"{smap.base_level:g}; more samples, more seeds or higher levels are needed before any of this is acted on."
+    )
+
+
+def _most_sensitive(smap: SensitivityMap, one: str, many: str, rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    if not any(row["distinguishable"] for row in rows):
+        return [f"No {one} is distinguishable from no effect on its own."]
+    text = f"The most sensitive {one} is {_entry_text(rows[0])}, class {rows[0]['class']}"
+    if len(rows) == 1:
+        return [f"{text}; it is the only {one} measured."]
+    tied = [row["key"] for row in rows[1:] if row["tied_with_first"]]
+    if tied:
+        return [f"{text}; it is not distinguishable from {names(tied)}."]
+    return [f"{text}; it is distinguishable from all other {many}, next is {rows[1]['key']}."]
+
+
+def _entry_text(row: dict[str, Any]) -> str:
+    return (
+        f"{row['key']}: degradation {percent(row['degradation'])} ({percent_range(row['degradation_ci'])}) and KL "
+        f"{nats(row['kl'])} nats/token ({nats_range(row['kl_ci'])})"
+    )
+
+
+def _windows(smap: SensitivityMap) -> list[str]:
+    known = [window for window in smap.windows if window.get("degradation") is not None]
+    if not known:
+        return []
+    worst = max(known, key=lambda window: float(window["degradation"]))
+    text = f"{percent(worst['degradation'])} ({percent_range(worst['degradation_ci'])})"
+    if worst["amplification"] is not None:
+        ratio, span = factor(worst["amplification"]), factor_range(worst["amplification_ci"])
+        text += f", {ratio} times the sum of its layers ({span})"
+    points = [window_name(layers) for layers in smap.avalanche_points]
+    if points:
+        found = f"{len(points)} of {_plural(len(known), 'window')} are avalanche points ({names(points)})"
+        return [f"{found}; the worst, layers {window_name(worst['layers'])}, loses {text}."]
+    return [f"No window is an avalanche point; the worst, layers {window_name(worst['layers'])}, loses {text}."]
+
+
+def _critical(smap: SensitivityMap) -> str:
+    if not smap.critical_ops and not smap.critical_layers:
+        return "No operator and no layer is critical beyond the noise of the measurement."
+    parts = []
+    if smap.critical_ops:
+        parts.append(f"operators {names(smap.critical_ops)}")
+    if smap.critical_layers:
+        parts.append(f"layers {names(smap.critical_layers)}")
+    return f"Critical, with the whole interval above robust: {'; '.join(parts)}."
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

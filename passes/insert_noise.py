@@ -1,0 +1,126 @@
+"""insert-noise: one noise node per selected site, steered by control buffers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from aqnfx.errors import PassError
+from aqnfx.graph.controls import NoiseControls
+from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.program import Program
+from aqnfx.graph.tags import tensor_value
+from aqnfx.numerics.noise import NoiseKind, as_int32, columns
+from aqnfx.passes.base import Pass, select_or_raise
+
+
+def site_key(site: str) -> int:
+    """Return the site's 32-bit stream key: the start of the SHA-256 of its id, so equal in every trace and process."""
+    return as_int32(int.from_bytes(hashlib.sha256(site.encode()).digest()[:4], "little"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertNoise(Pass):
+    """Put one ``aqnfx::noise`` and one ``aqnfx::count`` node behind every site that ``where`` selects.
+
+    ``level``, ``seed`` and ``phases`` ("forward", "backward", "both") are what the control buffers start with; they
+    change through ``Program.noise`` or ``Program.controls`` without re-tracing. ``kind`` is one of
+    :class:`~aqnfx.numerics.noise.NoiseKind`, ``channel_dim`` the dimension that channel masks index, ``compiled`` runs
+    the noise arithmetic in one Inductor kernel, ``allow_empty`` permits a selection without sites.
+    """
+
+    name: ClassVar[str] = "insert-noise"
+    needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    where: str = "ops:core"
+    level: float = 0.0
+    seed: int = 0
+    kind: str = NoiseKind.RELATIVE_GAUSSIAN
+    phases: str = "forward"
+    channel_dim: int = -1
+    compiled: bool = False
+    allow_empty: bool = False
+
+    def requires(self, program: Program) -> None:
+        """Check the options before anything is copied."""
+        if self.kind not in list(NoiseKind):
+            raise PassError(f"{self.name}: kind {self.kind!r} is not one of {', '.join(NoiseKind)}")
+        if self.phases not in ("forward", "backward", "both"):
+            raise PassError(f"{self.name}: phases {self.phases!r} is not one of forward, backward, both")
+        if not 0.0 <= self.level < float("inf"):
+            raise PassError(f"{self.name}: level {self.level} must be finite and not negative")
+        if program.ran("lower-ops"):
+            raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
+
+    def run(self, program: Program) -> None:
+        """Insert the nodes and register their buffers."""
+        nodes = program.site_nodes()
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty)
+        noised = set(NoiseControls.of(program.module).sites)
+        device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
+
+        def buffer(name: str, value: torch.Tensor, site: str | None) -> Node:
+            return control_buffer(program.module, name, value.to(device), inserted_by=self.name, site=site)
+
+        if chosen:
+            run = buffer("noise_run", torch.tensor([as_int32(self.seed), 0, 0], dtype=torch.int32), None)
+            batch = _batch_size(program)
+        forward = self.level if self.phases != "backward" else 0.0
+        backward = self.level if self.phases != "forward" else 0.0
+        for site in chosen:
+            if site.id in noised:
+                raise PassError(f"{self.name}: {site.id} already has a noise node; strip first, or set its controls")
+            anchor = nodes[site.id]
+            value = tensor_value(anchor)
+            assert value is not None  # a site is a node with one tensor
+            stem = "noise_" + "".join(c if c.isalnum() else "_" for c in site.id)
+            level = buffer(f"{stem}_level", torch.tensor([forward, backward]), site.id)
+            key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
+            hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)
+            mask = cols = None
+            if value.dim() and isinstance(width := value.shape[self._dim(site.id, value)], int):
+                mask = buffer(f"{stem}_channels", torch.ones(width, dtype=torch.bool), site.id)
+            if value.dim() and isinstance(width := value.shape[-1], int):
+                cols = buffer(f"columns_{width}", columns(width), None)
+            rows = _samples(value, batch)
+            args: tuple[Any, ...] = (anchor, level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
+            options = {"inserted_by": self.name, "site": site.id}
+            args = (*args, 0, True) if self.compiled else args
+            noise = insert_after(anchor, torch.ops.aqnfx.noise.default, args, reroute=True, **options)  # type: ignore[arg-type]
+            insert_after(noise, torch.ops.aqnfx.count.default, (level, hits), reroute=False, **options)  # type: ignore[arg-type]
+
+    def _dim(self, site: str, value: torch.Tensor) -> int:
+        if not -value.dim() <= self.channel_dim < value.dim():
+            raise PassError(f"{self.name}: channel_dim {self.channel_dim} does not exist at {site}, which has {value.dim()} dimensions")
+        return self.channel_dim
+
+
+def _batch_size(program: Program) -> Node | int:
+    """Return the node that holds the number of samples: the first dimension of the first input."""
+    first = next(n for n in program.graph.nodes if n.op == "placeholder")
+    size = first.meta["val"].shape[0] if first.meta["val"].dim() else 1
+    if isinstance(size, int):
+        return size
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.sym_size.int and node.args == (first, 0):
+            return node  # type: ignore[no-any-return]
+    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
+    node = insert_after(last, torch.ops.aten.sym_size.int, (first, 0), inserted_by="insert-noise", site="", reroute=False)
+    node.meta["val"] = size
+    return node
+
+
+def _samples(value: torch.Tensor, batch: Node | int) -> Node | int:
+    """Return how many samples share the first dimension: the batch size where it divides it, else 1."""
+    if value.dim() == 0:
+        return 1
+    size, rows = batch.meta["val"] if isinstance(batch, Node) else batch, value.shape[0]
+    if isinstance(rows, int):
+        return batch if isinstance(size, int) and size > 0 and rows % size == 0 else 1
+    if isinstance(size, int):
+        return 1
+    quotient = rows.node.expr / size.node.expr
+    return batch if quotient.is_integer else 1

@@ -1,0 +1,44 @@
+"""lower-ops: expand aqnfx operations into plain ATen, for compilers that should fuse them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from aqnfx.errors import PassError
+from aqnfx.graph.expand import expand
+from aqnfx.graph.program import Program
+from aqnfx.numerics.noise import noise_reference
+from aqnfx.numerics.ops import count_reference
+from aqnfx.passes.base import Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerOps(Pass):
+    """Replace ``aqnfx::noise`` and ``aqnfx::count`` by the plain operations that define them.
+
+    The result is for inference: it has forward noise only, because plain operations cannot perturb a gradient. The
+    control buffers stay, so levels, seeds and masks still change without compiling again.
+    """
+
+    name: ClassVar[str] = "lower-ops"
+
+    def run(self, program: Program) -> None:
+        """Expand every node; a program without any is an error, since the pass was asked for."""
+        lowered = 0
+        for node in list(program.graph.nodes):
+            if node.target is torch.ops.aqnfx.noise.default:
+                node.args = (*node.args[:8], *_defaults(node.args))
+                expand(program.module, node, noise_reference)
+                lowered += 1
+            elif node.target is torch.ops.aqnfx.count.default:
+                expand(program.module, node, count_reference)
+        if not lowered:
+            raise PassError("lower-ops found no aqnfx operations; run insert-noise first")
+
+
+def _defaults(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    given = args[8:10]
+    return (*given, *(-1, 0)[len(given) :])

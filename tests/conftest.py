@@ -1,0 +1,88 @@
+"""Fixtures for every test, and the rule that a skip says when it will go away."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers: no network, no spinning threads on a busy machine.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIP_WORDS = ("until", "absent")
+_unexplained_key = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tinygsm_path() -> Path:
+    """The directory of the embedded model."""
+    from aqnfx.data import embedded_model
+
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The directory of further test models beside the checkout; skips where there is none."""
+    models = ROOT.parent / "shared" / "models"
+    if not models.is_dir():
+        pytest.skip("../shared/models is absent: it is not part of the repository")
+    return models
+
+
+# A skip without an expiry condition fails the session ----------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_unexplained_key] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _note_unexplained(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _note_unexplained(collector.config, report)
+    return report
+
+
+def _note_unexplained(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not any(word in reason for word in SKIP_WORDS):
+        config.stash[_unexplained_key].append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unexplained = session.config.stash[_unexplained_key]
+    if unexplained and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    unexplained = config.stash[_unexplained_key]
+    if unexplained:
+        terminalreporter.section("skips without an expiry condition", red=True)
+        for line in unexplained:
+            terminalreporter.line(line)
+        terminalreporter.line(f"Say in the reason until when, or what is absent (one of: {', '.join(SKIP_WORDS)}).")
