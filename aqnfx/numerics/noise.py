@@ -118,22 +118,22 @@ def perturb(x: Tensor, level: Tensor, keys: Tensor, cols: Tensor, channels: Tens
     active = (level != 0) & (magnitude < math.inf)
     if channels is not None:
         active = active & channels
-    if kind == NoiseKind.BIAS:
-        delta = magnitude
-    elif kind == NoiseKind.UNIFORM:
-        unit = hashes(keys, cols)[0].to(torch.float32) * (math.sqrt(3.0) * 2.0**-31)
-        delta = magnitude * unit
+    # The level multiplies first: |y|·z alone could overflow where y is a mask value near the largest float.
+    if kind in (NoiseKind.RELATIVE_GAUSSIAN, NoiseKind.UNIFORM, NoiseKind.BIAS):
+        scale = level * magnitude
+    elif kind == NoiseKind.RMS_GAUSSIAN:
+        scale = level * wide.square().mean(-1, keepdim=True).sqrt()
+    elif kind == NoiseKind.ABSOLUTE_GAUSSIAN:
+        scale = level
     else:
-        z = standard_normal(keys, cols)
-        if kind == NoiseKind.RELATIVE_GAUSSIAN:
-            delta = magnitude * z
-        elif kind == NoiseKind.RMS_GAUSSIAN:
-            delta = wide.square().mean(-1, keepdim=True).sqrt() * z
-        elif kind == NoiseKind.ABSOLUTE_GAUSSIAN:
-            delta = z
-        else:
-            raise ValueError(f"noise kind {kind!r} is not one of {', '.join(NoiseKind)}")
-    return torch.where(active, (wide + level * delta).to(x.dtype), x)
+        raise ValueError(f"noise kind {kind!r} is not one of {', '.join(NoiseKind)}")
+    if kind == NoiseKind.BIAS:
+        noised = wide + scale
+    elif kind == NoiseKind.UNIFORM:
+        noised = wide + scale * (hashes(keys, cols)[0].to(torch.float32) * (math.sqrt(3.0) * 2.0**-31))
+    else:
+        noised = wide + scale * standard_normal(keys, cols)
+    return torch.where(active, noised.to(x.dtype), x)
 
 
 def noise_reference(

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest
 
 from aqnfx.errors import InputError
+from aqnfx.numerics.bootstrap import bca_bounds, replicate_ratios
 
 Floats = NDArray[np.float64]
-
-_BLOCK = 1 << 22  # elements of one block of resampling counts: 32 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +69,9 @@ def bootstrap_ratios(
     estimate = flat.sum(axis=-1) / total if total > 0 else np.full(flat.shape[0], math.nan)
     low, high = np.full_like(estimate, math.nan), np.full_like(estimate, math.nan)
     if weights.size > 1 and total > 0:
-        replicates = _replicates(flat, weights, resamples, seed)
+        replicates = replicate_ratios(flat, weights, resamples, seed)
         if len(replicates):
-            low, high = _bca(flat, weights, estimate, replicates, confidence)
+            low, high = bca_bounds(flat, weights, estimate, replicates, confidence)
     return estimate.reshape(shape), low.reshape(shape), high.reshape(shape)
 
 
@@ -125,8 +123,9 @@ def bootstrap_pvalue(num: ArrayLike, den: ArrayLike, *, resamples: int = 2000, s
     """Return the two-sided bootstrap p-value of "the ratio Σnum/Σden is zero", ``num`` and ``den`` (n,).
 
     The resampled ratios are shifted to the null; p = (1 + #{|θ* − θ| >= |θ|}) / (1 + resamples), so it is never 0
-    (Davison & Hinkley 1997, sections 4.2 and 4.4). With n == 1 there is no evidence and the value is 1. Raises
-    InputError as :func:`bootstrap_ratios` does.
+    (Davison & Hinkley 1997, sections 4.2 and 4.4). It is at least 2^(1−n), the least that flipping the signs of n
+    samples can show: few samples that happen to agree are no strong evidence, and one sample is none. Raises InputError
+    as :func:`bootstrap_ratios` does.
     """
     values, weights = _checked(_vector(num, "num"), den)
     _check_options(resamples, 0.95)
@@ -134,8 +133,9 @@ def bootstrap_pvalue(num: ArrayLike, den: ArrayLike, *, resamples: int = 2000, s
     if weights.size == 1 or total == 0:
         return 1.0
     theta = float(values.sum()) / total
-    replicates = _replicates(values[None, :], weights, resamples, seed)[:, 0]
-    return (1 + int(np.count_nonzero(np.abs(replicates - theta) >= abs(theta)))) / (1 + len(replicates))
+    replicates = replicate_ratios(values[None, :], weights, resamples, seed)[:, 0]
+    found = (1 + int(np.count_nonzero(np.abs(replicates - theta) >= abs(theta)))) / (1 + len(replicates))
+    return max(found, 2.0 ** (1 - int(np.count_nonzero(weights))))
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -180,60 +180,6 @@ def holm(pvalues: ArrayLike) -> Floats:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1)), 1.0)
     return adjusted
-
-
-def _replicates(values: Floats, weights: Floats, resamples: int, seed: int) -> Floats:
-    """Return resampled ratios (R, C) of ``values`` (C, n) over ``weights`` (n,): a product with counts (R, n)."""
-    n = weights.size
-    rng = np.random.default_rng(seed)
-    columns = np.concatenate([values, weights[None, :]]).T
-    blocks: list[Floats] = []
-    step = max(1, _BLOCK // n)
-    for start in range(0, resamples, step):
-        draws = rng.integers(n, size=(min(step, resamples - start), n))
-        draws += np.arange(len(draws))[:, None] * n
-        counts = np.bincount(draws.ravel(), minlength=len(draws) * n).reshape(len(draws), n).astype(np.float64)
-        sums = counts @ columns
-        sums = sums[sums[:, -1] > 0]
-        blocks.append(sums[:, :-1] / sums[:, -1:])
-    return np.concatenate(blocks)
-
-
-def _bca(
-    values: Floats, weights: Floats, estimate: Floats, replicates: Floats, confidence: float
-) -> tuple[Floats, Floats]:
-    """Return BCa bounds (C,), (C,) from the replicates (R, C)."""
-    resamples = len(replicates)
-    # Ties count half: with discrete scores many replicates equal the estimate. Equal up to rounding counts as equal.
-    slack = 1e-12 * np.abs(estimate)
-    below = np.mean(replicates < estimate - slack, axis=0)
-    equal = np.mean(np.abs(replicates - estimate) <= slack, axis=0)
-    z0 = ndtri(np.clip(below + equal / 2, 1 / (resamples + 1), resamples / (resamples + 1)))
-    rest = weights.sum() - weights
-    usable = rest > 0
-    jackknife = (values.sum(axis=-1, keepdims=True) - values)[:, usable] / rest[usable]
-    deviation = jackknife.mean(axis=-1, keepdims=True) - jackknife if usable.any() else np.zeros_like(estimate)[:, None]
-    spread = (deviation**2).sum(axis=-1)
-    acceleration = (deviation**3).sum(axis=-1) / np.where(spread > 0, 6 * spread**1.5, 1.0)
-    ordered = np.sort(replicates, axis=0)
-    bounds: list[Floats] = []
-    for z in (ndtri((1 - confidence) / 2), ndtri((1 + confidence) / 2)):
-        shifted = z0 + z
-        room = 1 - acceleration * shifted
-        # Where the acceleration leaves no room, the correction is undefined: the plain bias-corrected quantile stands.
-        level = ndtr(z0 + shifted / np.where(room > 1e-3, room, 1.0))
-        bounds.append(_quantiles(ordered, level))
-    return np.minimum(*bounds), np.maximum(*bounds)
-
-
-def _quantiles(ordered: Floats, level: Floats) -> Floats:
-    """Return the quantile ``level[c]`` of each sorted column c, linearly interpolated."""
-    place = np.clip(level, 0.0, 1.0) * (len(ordered) - 1)
-    lower = np.floor(place).astype(np.int64)
-    columns = np.arange(ordered.shape[1])
-    a, b = ordered[lower, columns], ordered[np.minimum(lower + 1, len(ordered) - 1), columns]
-    result: Floats = a + (b - a) * (place - lower)
-    return result
 
 
 def _vector(values: ArrayLike, name: str) -> Floats:

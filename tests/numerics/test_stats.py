@@ -98,7 +98,7 @@ def test_batched_form_equals_one_at_a_time_and_is_paired():
 def test_blocks_of_resamples_do_not_change_the_result(monkeypatch):
     num, den = np.random.default_rng(6).random((2, 20))
     whole = bootstrap_ratio(num, den, resamples=500)
-    monkeypatch.setattr("aqnfx.numerics.stats._BLOCK", 20 * 7)
+    monkeypatch.setattr("aqnfx.numerics.bootstrap._BLOCK", 20 * 7)
     split = bootstrap_ratio(num, den, resamples=500)
     np.testing.assert_allclose([split.low, split.high], [whole.low, whole.high], rtol=1e-12)
 
@@ -214,6 +214,7 @@ def test_bootstrap_pvalue_under_the_null_and_under_an_effect():
     assert min(null) >= 1 / 200
     assert bootstrap_pvalue(rng.normal(size=60) + 2, den, resamples=199) == 1 / 200
     assert bootstrap_pvalue([5.0], [1.0]) == 1.0
+    assert bootstrap_pvalue([0.3, 0.3, 0.3], [1.0, 1.0, 1.0]) == 0.25
     assert bootstrap_pvalue([0.0, 0.0], [1.0, 1.0]) == 1.0
 
 
