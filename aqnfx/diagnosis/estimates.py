@@ -112,9 +112,7 @@ def ratios(num: Array, den: Array, options: Options) -> Ratio:
         nothing = np.full(shape, np.nan)
         return Ratio(nothing, nothing.copy(), nothing.copy())
     clean = np.where(bad[..., None], 0.0, num)
-    found = bootstrap_ratios(
-        clean, den, resamples=options.resamples, confidence=options.confidence, seed=options.seed
-    )
+    found = bootstrap_ratios(clean, den, resamples=options.resamples, confidence=options.confidence, seed=options.seed)
     return Ratio(*(np.where(bad, np.nan, np.asarray(part, dtype=np.float64).reshape(shape)) for part in found))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from aqnfx.diagnosis.details import Estimates
-from aqnfx.diagnosis.estimates import Array, Options, Ratio, SampleScores, ratios
+from aqnfx.diagnosis.estimates import Array, Options, Ratio, SampleScores, holm_columns, paired_p, ratios
 from aqnfx.probes.measurements import Measurements
 
 CRITICAL_SCORE_FLOOR = 1.5
@@ -33,9 +33,10 @@ def rank(
     """Rank probes by degradation at the base level, KL breaking ties, most sensitive first.
 
     ``rows`` are the probes' rows, ``records`` their level records at the base level, in the same order. An entry is
-    ``tied_with_next`` (``tied_with_first``) when the interval of the paired difference of degradations contains zero:
-    the same samples and the same noise enter both, so this decides more than comparing two intervals. The KL
-    difference is given beside it, because it separates neighbours that agree in every argmax.
+    ``tied_with_next`` (``tied_with_first``) when the interval of the paired difference of degradations contains zero,
+    or the paired t test does not reject equality after Holm over all such comparisons of this ranking: among thirty
+    equal layers one plain interval would miss zero by chance. The KL difference is given beside it, because it
+    separates neighbours that agree in every argmax.
     """
     if not rows:
         return []
@@ -46,9 +47,9 @@ def rank(
     )
     ranked = [rows[i] for i in order]
     loss, kl = scores.loss[ranked, column], scores.kl[ranked, column]
-    next_loss = ratios(loss[:-1] - loss[1:], scores.loss_base, options)
-    next_kl = ratios(kl[:-1] - kl[1:], scores.tokens, options)
-    first_loss = ratios(loss[:1] - loss, scores.loss_base, options)
+    next_loss, tied_next = _compare(loss[:-1] - loss[1:], scores.loss_base, options)
+    next_kl, tied_kl = _compare(kl[:-1] - kl[1:], scores.tokens, options)
+    _, tied_first = _compare(loss[:1] - loss[1:], scores.loss_base, options)
     entries = []
     for place, i in enumerate(order):
         record = records[i]
@@ -59,14 +60,14 @@ def rank(
             "kl_ci": record["ci"],
             "distinguishable": record["distinguishable"],
             "critical": is_critical(record),
-            "tied_with_first": place > 0 and _contains_zero(first_loss, place),
-            "tied_with_next": place + 1 < len(order) and _contains_zero(next_loss, place),
+            "tied_with_first": place > 0 and tied_first[place - 1],
+            "tied_with_next": place + 1 < len(order) and tied_next[place],
         }
         if place + 1 < len(order):
             entry["difference_to_next"] = {
                 "degradation": _interval(next_loss, place),
                 "kl": _interval(next_kl, place),
-                "kl_tied": _contains_zero(next_kl, place),
+                "kl_tied": tied_kl[place],
             }
         entries.append(entry)
     return entries
@@ -78,9 +79,12 @@ def _down(value: Array | float) -> float:
     return -number if np.isfinite(number) else np.inf
 
 
-def _contains_zero(ratio: Ratio, place: int) -> bool:
-    """Undefined differences count as ties: nothing was shown."""
-    return not (float(ratio.low[place]) > 0.0 or float(ratio.high[place]) < 0.0)
+def _compare(differences: Array, den: Array, options: Options) -> tuple[Ratio, list[bool]]:
+    """Return the interval of each paired difference (m, n) and whether it is a tie; undefined ones are ties."""
+    found = ratios(differences, den, options)
+    p = holm_columns(paired_p(differences)[:, None], [list(range(len(differences)))])[:, 0]
+    apart = ((found.low > 0.0) | (found.high < 0.0)) & (p < 1.0 - options.confidence)
+    return found, [not bool(value) for value in apart]
 
 
 def _interval(ratio: Ratio, place: int) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from aqnfx.probes.measurements import Measurements
 PREDICTED_FROM = "sum of single layers"
 
 
-def window_records(
-    m: Measurements, scores: SampleScores, est: Estimates, options: Options
-) -> list[dict[str, Any]]:
+def window_records(m: Measurements, scores: SampleScores, est: Estimates, options: Options) -> list[dict[str, Any]]:
     """Describe every window probe at the base level, with all levels under ``levels``.
 
     ``measured`` is the KL of the window (nats per token) and ``predicted`` the sum of the KLs of its layers, each

@@ -55,9 +55,9 @@ def load_examples(path: str | Path, *, text_field: str | None = None, limit: int
     suffix = file.suffix.lower()
     rows: Iterator[Example]
     if suffix in (".jsonl", ".json"):
-        rows = (_example(row, where, text_field) for where, row in _json_rows(file))
+        rows = (example_from_record(row, where, text_field) for where, row in _json_rows(file))
     elif suffix == ".parquet":
-        rows = (_example(row, where, text_field) for where, row in _parquet_rows(file, text_field))
+        rows = (example_from_record(row, where, text_field) for where, row in _parquet_rows(file, text_field))
     elif text_field is not None:
         raise InputError(f"{file}: is plain text and has no field {text_field!r}; fields need .jsonl or .parquet")
     else:
@@ -71,7 +71,7 @@ def load_examples(path: str | Path, *, text_field: str | None = None, limit: int
     return examples
 
 
-def _example(row: Mapping[str, Any], where: str, text_field: str | None) -> Example:
+def example_from_record(row: Mapping[str, Any], where: str, text_field: str | None) -> Example:
     if text_field is not None:
         return Example(text=_string(row, text_field, where))
     if "text" in row:
@@ -142,7 +142,7 @@ def _parquet_rows(file: Path, text_field: str | None) -> Iterator[tuple[str, Map
             wanted = {text_field} if text_field is not None else {"text", "question", "answer"}
             names = [str(name) for name in table.schema_arrow.names]
             if not wanted & set(names):  # every row lacks the field: say so with the fields there are
-                _example(dict.fromkeys(names), str(file), text_field)
+                example_from_record(dict.fromkeys(names), str(file), text_field)
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=[name for name in names if name in wanted]):
                 for row in batch.to_pylist():

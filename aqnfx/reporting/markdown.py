@@ -136,10 +136,11 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         return []
     body = [
         (
-            window_name(window["layers"]), percent(window["degradation"]), percent_range(window["degradation_ci"]),
-            window["class"], nats(window["measured"]), nats_range(window["ci"]), nats(window["predicted"]),
-            factor(window["amplification"]), factor_range(window["amplification_ci"]),
-            "yes" if window["superadditive"] else "no", "yes" if window["avalanche"] else "no",
+            window_name(window["layers"]), percent(window.get("degradation")),
+            percent_range(window.get("degradation_ci")), window.get("class", MISSING),
+            nats(window["measured"]), nats_range(window.get("ci")), nats(window["predicted"]),
+            factor(window["amplification"]), factor_range(window.get("amplification_ci")),
+            "yes" if window.get("superadditive") else "no", "yes" if window.get("avalanche") else "no",
         )
         for window in report["windows"]
     ]  # fmt: skip

@@ -83,9 +83,9 @@ def _windows(smap: SensitivityMap) -> list[str]:
     if not known:
         return []
     worst = max(known, key=lambda window: float(window["degradation"]))
-    text = f"{percent(worst['degradation'])} ({percent_range(worst['degradation_ci'])})"
+    text = f"{percent(worst['degradation'])} ({percent_range(worst.get('degradation_ci'))})"
     if worst["amplification"] is not None:
-        ratio, span = factor(worst["amplification"]), factor_range(worst["amplification_ci"])
+        ratio, span = factor(worst["amplification"]), factor_range(worst.get("amplification_ci"))
         text += f", {ratio} times the sum of its layers ({span})"
     points = [window_name(layers) for layers in smap.avalanche_points]
     if points:

@@ -77,7 +77,8 @@ def escape_markdown(text: Any) -> str:
     line = " ".join(str(text).split())
     line = "".join(character for character in line if character.isprintable())
     line = re.sub(r"[\\`|*\[\]~$]", r"\\\g<0>", line)
-    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    # An underscore between letters or digits, as in self_attn, is no emphasis on GitHub and stays readable.
+    line = re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", lambda found: r"\_" * len(found[0]), line)
     return "".join(_HTML.get(character, character) for character in line)
 
 

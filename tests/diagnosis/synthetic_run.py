@@ -26,7 +26,7 @@ TRUTH: Truth = {
     ("window", "0-1"): (0.04, 0.02),
     ("window", "1-3"): (0.40, 0.36),
 }
-"""(kind, key) -> expected (degradation, KL per token) at the base level; flips grow with the level, KL with its square."""
+"""(kind, key) -> (degradation, KL per token) at the base level; flips grow with the level, KL with its square."""
 
 
 def sites() -> tuple[Site, ...]:
@@ -48,7 +48,9 @@ def probe(kind: ProbeKind, key: str) -> Probe:
     return Probe(kind=kind, key=key, sites=tuple(chosen), layers=layers)
 
 
-def run(truth: Truth = TRUTH, *, n: int = 120, seeds: int = 2, exact_match: bool = False, **changes: Any) -> Measurements:
+def run(
+    truth: Truth = TRUTH, *, n: int = 120, seeds: int = 2, exact_match: bool = False, **changes: Any
+) -> Measurements:
     """Draw a run: flips are binomial, KL is gamma with a factor that all probes of a sample share."""
     rng = np.random.default_rng(17)
     levels = (0.01, BASE, 0.1)

@@ -50,7 +50,8 @@ def test_one_sensitive_layer_stands_out_and_the_others_tie(smap: SensitivityMap)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4]
     assert rows[0]["key"] == "2"
     assert not rows[0]["tied_with_next"]
-    assert rows[1]["tied_with_next"] and rows[2]["tied_with_next"]
+    assert rows[1]["tied_with_next"]
+    assert rows[2]["tied_with_next"]
     assert not any(row["tied_with_first"] for row in rows)
     assert "difference_to_next" not in rows[-1]
     assert smap.critical_layers == [2]
@@ -59,21 +60,27 @@ def test_one_sensitive_layer_stands_out_and_the_others_tie(smap: SensitivityMap)
 
 def test_all_zero_probe_is_not_distinguishable(smap: SensitivityMap) -> None:
     silent = smap.at_base("operator", "silu")
-    assert silent["degradation"] == 0.0 and silent["degradation_ci"] == [0.0, 0.0]
-    assert silent["p"] == 1.0 and not silent["distinguishable"]
+    assert silent["degradation"] == 0.0
+    assert silent["degradation_ci"] == [0.0, 0.0]
+    assert silent["p"] == 1.0
+    assert not silent["distinguishable"]
     assert silent["tolerance_index"] is None
     assert smap.at_base("operator", "softmax")["distinguishable"]
 
 
 def test_windows(smap: SensitivityMap) -> None:
     small, large = smap.windows
-    assert small["layers"] == [0, 1] and large["layers"] == [1, 2, 3]
+    assert small["layers"] == [0, 1]
+    assert large["layers"] == [1, 2, 3]
     assert large["predicted"] == pytest.approx(sum(smap.per_layer_kl[key] or 0.0 for key in "123"))
     assert large["amplification"] == pytest.approx(large["measured"] / large["predicted"])
     low, high = large["amplification_ci"]
     assert 1.0 < low < large["amplification"] < high
-    assert large["superadditive"] and large["class"] == "avalanche" and large["avalanche"]
-    assert not small["superadditive"] and small["class"] == "robust"
+    assert large["superadditive"]
+    assert large["class"] == "avalanche"
+    assert large["avalanche"]
+    assert not small["superadditive"]
+    assert small["class"] == "robust"
     assert small["amplification_ci"][0] < 1.0 < small["amplification_ci"][1]
     assert smap.avalanche_points == [[1, 2, 3]]
 
@@ -81,13 +88,15 @@ def test_windows(smap: SensitivityMap) -> None:
 def test_avalanche_and_superadditivity_are_separate() -> None:
     truth = {("layer", "0"): (0.1, 0.1), ("layer", "1"): (0.1, 0.1), ("window", "0-1"): (0.3, 0.1)}
     window = interpret(run(truth)).windows[0]
-    assert window["avalanche"] and not window["superadditive"]
+    assert window["avalanche"]
+    assert not window["superadditive"]
     assert window["amplification"] == pytest.approx(0.5, rel=0.1)
 
 
 def test_critical_threshold_is_read_off_the_curve(smap: SensitivityMap) -> None:
     limits = smap.critical_threshold
-    assert limits["cost"] == 0.10 and limits["max_level"] == 0.1
+    assert limits["cost"] == 0.10
+    assert limits["max_level"] == 0.1
     assert limits["layers"]["2"] == pytest.approx(BASE * 0.10 / 0.25, rel=0.1)
     assert limits["layers"]["0"] is None
     assert limits["operators"]["silu"] is None
@@ -99,21 +108,28 @@ def test_sites_with_and_without_own_probe() -> None:
     by_id = {record["id"]: record for record in found.per_site}
     assert set(by_id) == {site.id for site in sites()}
     assert by_id[probed]["measured"]["0.05"]["kl"] == pytest.approx(0.1, rel=0.15)
-    assert by_id[probed]["layer"] == 0 and by_id[probed]["region"] == "mlp"
-    assert by_id["lm_head:linear:0"]["measured"] == {} and by_id["lm_head:linear:0"]["layer"] is None
-    assert found.per_operator == {} and found.per_layer == {} and found.windows == []
+    assert by_id[probed]["layer"] == 0
+    assert by_id[probed]["region"] == "mlp"
+    assert by_id["lm_head:linear:0"]["measured"] == {}
+    assert by_id["lm_head:linear:0"]["layer"] is None
+    assert found.per_operator == {}
+    assert found.per_layer == {}
+    assert found.windows == []
 
 
 def test_window_without_its_layers_has_no_prediction() -> None:
     window = interpret(run({("window", "0-1"): (0.1, 0.1), ("layer", "0"): (0.1, 0.1)})).windows[0]
     assert window["measured"] > 0.0
-    assert window["predicted"] is None and window["amplification"] is None and not window["superadditive"]
+    assert window["predicted"] is None
+    assert window["amplification"] is None
+    assert not window["superadditive"]
 
 
 def test_window_over_silent_layers_has_no_amplification() -> None:
     truth = {("layer", "0"): (0.0, 0.0), ("layer", "1"): (0.0, 0.0), ("window", "0-1"): (0.1, 0.1)}
     window = interpret(run(truth)).windows[0]
-    assert window["predicted"] == 0.0 and window["amplification"] is None
+    assert window["predicted"] == 0.0
+    assert window["amplification"] is None
 
 
 def test_all_probe_is_kept() -> None:
@@ -130,7 +146,8 @@ def test_exact_match_degradation_is_relative_to_clean_accuracy() -> None:
     assert values["exact_match"]["ci"][0] < values["exact_match"]["value"] < values["exact_match"]["ci"][1]
     assert found.at_base("operator", "silu")["exact_match"]["mcnemar_p"] == 1.0
     heavy = found.per_layer_detail["2"]["levels"]["0.1"]
-    assert heavy["exact_match"]["mcnemar_p"] < 0.001 and heavy["distinguishable"]
+    assert heavy["exact_match"]["mcnemar_p"] < 0.001
+    assert heavy["distinguishable"]
 
 
 def test_exact_match_without_clean_success_falls_back() -> None:
@@ -157,16 +174,20 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 def test_one_sample_one_seed_gives_no_claims() -> None:
     found = interpret(run(n=1, seeds=1))
     values = found.at_base("layer", "2")
-    assert values["degradation"] is not None and values["degradation_ci"] == [None, None]
-    assert not values["distinguishable"] and values["seed_std"] == {"kl": None, "degradation": None}
-    assert found.critical_layers == [] and found.avalanche_points == []
+    assert values["degradation"] is not None
+    assert values["degradation_ci"] == [None, None]
+    assert not values["distinguishable"]
+    assert values["seed_std"] == {"kl": None, "degradation": None}
+    assert found.critical_layers == []
+    assert found.avalanche_points == []
     assert all(row["tied_with_next"] for row in found.ranking["layers"][:-1])
-    assert any("Only 1 samples" in note or "Only 1 sample" in note for note in found.notes)
+    assert any("Only 1 sample" in note for note in found.notes)
 
 
 def test_partial_run_is_carried() -> None:
     found = interpret(run(n=30, complete=False, samples_requested=100))
-    assert found.partial and found.to_record()["partial"] is True
+    assert found.partial
+    assert found.to_record()["partial"] is True
     assert found.task["samples_requested"] == 100
     assert any("30 of 100" in note for note in found.notes)
 
@@ -179,7 +200,7 @@ def test_intervals_cover_the_truth() -> None:
     """At 90 % confidence, of 9 probes x 3 levels at least three quarters must cover what generated them."""
     found = interpret(run(), confidence=0.9)
     hits = [
-        values["degradation_ci"][0] <= min(TRUTH[kind, key][0] * float(level) / BASE, 0.9) <= values["degradation_ci"][1]
+        values["degradation_ci"][0] <= TRUTH[kind, key][0] * float(level) / BASE <= values["degradation_ci"][1]
         for kind, table in (("operator", found.per_operator_detail), ("layer", found.per_layer_detail))
         for key, entry in table.items()
         for level, values in entry["levels"].items()

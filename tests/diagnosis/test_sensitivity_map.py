@@ -31,8 +31,12 @@ MINIMAL: dict[str, Any] = {
 
 def test_minimal_record_of_the_schema_is_enough() -> None:
     smap = SensitivityMap.from_record(MINIMAL)
-    assert smap.levels == (0.01, 0.05) and smap.base_level == 0.05 and smap.base_key == "0.05"
-    assert smap.seeds == (0, 1) and smap.samples == 100 and smap.confidence == 0.95
+    assert smap.levels == (0.01, 0.05)
+    assert smap.base_level == 0.05
+    assert smap.base_key == "0.05"
+    assert smap.seeds == (0, 1)
+    assert smap.samples == 100
+    assert smap.confidence == 0.95
     assert smap.at_base("layer", "0") == {}
 
 
@@ -80,7 +84,8 @@ def test_required_keys(key: str) -> None:
 
 def test_labels_and_keys() -> None:
     assert [level_key(x) for x in (0.05, 0.1, 1.0, 0.1 + 0.2, 1e-6)] == ["0.05", "0.1", "1", "0.3", "1e-06"]
-    assert layer_label("12") == 12 and layer_label("decoder.block:3") == "decoder.block:3"
+    assert layer_label("12") == 12
+    assert layer_label("decoder.block:3") == "decoder.block:3"
 
 
 def test_jsonable() -> None:

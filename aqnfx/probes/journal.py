@@ -1,0 +1,103 @@
+"""The journal of a measuring run: one JSON line per finished work item, so that an interrupted run can continue."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from aqnfx.errors import ArtifactError, InputError
+
+SCHEMA = "aqnfx.journal/1"
+Item = tuple[int, int, int, int]  # batch, probe, level, seed
+Scores = dict[str, list[float]]
+
+
+class Journal:
+    """Finished work items of one run, appended to ``path`` as they come; ``identity`` says which run it is.
+
+    An existing file is read and continued; its torn last line (a kill in the middle of a write) is cut off. Raises
+    :class:`ArtifactError` when the file is not a journal, is damaged before its end, or belongs to another run (the
+    message names the first field that differs), :class:`InputError` when it cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.items: dict[Item, Scores] = {}
+        try:
+            if path.exists() and path.stat().st_size:
+                keep = self._read(identity)
+                self._file = path.open("r+b")
+                self._file.truncate(keep)
+                self._file.seek(keep)
+            else:
+                self._file = path.open("wb")
+                self._append({"schema": SCHEMA, "identity": dict(identity)})
+        except OSError as error:
+            raise InputError(f"cannot write the journal {path}: {error.strerror or error}") from error
+
+    def _read(self, identity: Mapping[str, Any]) -> int:
+        """Load the items; return the length of the intact part in bytes."""
+        keep, wanted = 0, json.loads(json.dumps(dict(identity)))
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = _checked(line)
+            except ValueError as error:
+                if number == len(lines) and number > 1:
+                    break
+                raise ArtifactError(f"journal {self.path} is damaged at line {number}: {error}; start again without --resume") from error
+            if number == 1:
+                _same_run(self.path, record, wanted)
+            else:
+                batch, probe, level, seed = record["item"]
+                self.items[batch, probe, level, seed] = record["scores"]
+            keep += len(line)
+        return keep
+
+    def add(self, item: Item, scores: Scores) -> None:
+        """Append a finished item; it is on disk when this returns."""
+        self._append({"item": list(item), "scores": scores})
+        self.items[item] = scores
+
+    def _append(self, record: dict[str, Any]) -> None:
+        body = json.dumps(record, separators=(",", ":"))
+        digest = hashlib.sha256(body.encode()).hexdigest()[:16]
+        self._file.write(f"{digest} {body}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    digest, _, body = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
+        raise ValueError("its checksum does not fit")
+    record: dict[str, Any] = json.loads(body)
+    return record
+
+
+def _same_run(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if record.get("schema") != SCHEMA:
+        raise ArtifactError(f"{path} has the schema {record.get('schema')!r}; expected {SCHEMA}")
+    found = record["identity"]
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            raise ArtifactError(
+                f"journal {path} belongs to another run: {key} was {_short(found.get(key))}, now {_short(wanted[key])}; "
+                "repeat the earlier command, or choose another --out"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
