@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from aqnfx.diagnosis.diagnose import diagnose as diagnose
+    from aqnfx.diagnosis.sensitivity import SensitivityMap as SensitivityMap
     from aqnfx.errors import AqnfxError as AqnfxError
     from aqnfx.graph.frontend import trace as trace
     from aqnfx.graph.program import Program as Program
     from aqnfx.graph.sites import Site as Site
+    from aqnfx.graph.opkinds import OpKind as OpKind
+    from aqnfx.numerics.metrics import critical_threshold as critical_threshold
+    from aqnfx.numerics.metrics import noise_tolerance_index as noise_tolerance_index
+    from aqnfx.numerics.metrics import relative_degradation as relative_degradation
+    from aqnfx.numerics.metrics import sensitivity_score as sensitivity_score
     from aqnfx.passes.pipeline import Pipeline as Pipeline
+    from aqnfx.reporting.integrated import IntegratedDiagnostic as IntegratedDiagnostic
 
 # Public names load their module on first use, so that `import aqnfx` and `aqnfx --help` do not import torch.
 _LAZY = {
@@ -21,6 +29,13 @@ _LAZY = {
     "Site": "aqnfx.graph.sites",
     "OpKind": "aqnfx.graph.opkinds",
     "Pipeline": "aqnfx.passes.pipeline",
+    "diagnose": "aqnfx.diagnosis.diagnose",
+    "SensitivityMap": "aqnfx.diagnosis.sensitivity",
+    "IntegratedDiagnostic": "aqnfx.reporting.integrated",
+    "relative_degradation": "aqnfx.numerics.metrics",
+    "noise_tolerance_index": "aqnfx.numerics.metrics",
+    "critical_threshold": "aqnfx.numerics.metrics",
+    "sensitivity_score": "aqnfx.numerics.metrics",
 }
 
 

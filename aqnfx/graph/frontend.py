@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ def trace(
         exported = _export(model, inputs, dynamic_shapes, sequence_length)
         source |= _describe(model)
     if is_mutable(exported.graph):
-        exported = exported.run_decompositions({})  # functionalises; an empty table decomposes nothing else
+        with warnings.catch_warnings():
+            # torch 2.13 copies its own tree specs of a class that it has deprecated.
+            warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+            exported = exported.run_decompositions({})  # functionalises; an empty table decomposes nothing else
     program = _to_program(exported, source)
     program.source["trace_seconds"] = round(time.perf_counter() - started, 3)  # type: ignore[index]
     return program

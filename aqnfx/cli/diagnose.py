@@ -1,0 +1,85 @@
+"""aqnfx diagnose: the main job. A model and data in, a sensitivity map with error bars out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from aqnfx.errors import InputError, nearest
+
+
+def _numbers(text: str | None, kind: type, option: str) -> tuple[Any, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in str(text).split(",") if part.strip())
+    except ValueError as error:
+        raise InputError(f"{option} {text!r} is not a list of numbers such as 0.01,0.05,0.1") from error
+
+
+def _config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the values of a YAML file as defaults of the flags, which go first."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} must be a mapping of option names to values, found {type(loaded).__name__}")
+    names = {p.name for p in context.command.params if p.name} - {"config"}
+    aliases = {"json": "json_output"}
+    values = {}
+    for key, value in loaded.items():
+        name = aliases.get(str(key), str(key).replace("-", "_"))
+        if name not in names:
+            raise InputError(f"{path}: unknown option {key!r}{nearest(name, names)}")
+        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def command(
+    model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
+    data: Path = typer.Option(..., "--data", help="JSON lines, parquet or plain text.", show_default=False),
+    levels: str = typer.Option("0.01,0.05,0.1", help="Noise levels."),
+    base_level: float = typer.Option(None, help="Level that rankings are read at (default: the middle one)."),
+    window: int = typer.Option(3, help="Layers per window."),
+    step: int = typer.Option(1, help="Layers between window starts."),
+    samples: int = typer.Option(100, help="Samples to measure on."),
+    seeds: int = typer.Option(3, help="Number of noise seeds."),
+    seed: int = typer.Option(0, help="First noise seed."),
+    ops: str = typer.Option("extended", help="Operator kinds: core, extended, all, or linear,softmax,…"),
+    layers: str = typer.Option(None, help="Layers: 0-4,7 (default: all)."),
+    task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
+    noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
+    probes: str = typer.Option("operator,layer,window,all", help="What to probe; also: site."),
+    compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
+    batch_size: int = typer.Option(32, help="Samples per forward pass."),
+    max_length: int = typer.Option(256, help="Tokens per sample."),
+    text_field: str = typer.Option(None, help="Field that holds the text of a record."),
+    pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
+    device: str = typer.Option("cpu", help="Device to run on."),
+    out: Path = typer.Option(Path("aqnfx-out"), "--out", help="Directory for the artifacts."),
+    resume: bool = typer.Option(False, "--resume", help="Continue the unfinished run in --out."),
+    json_output: bool = typer.Option(False, "--json", help="Print the sensitivity map as JSON and nothing else."),
+    config: Path = typer.Option(
+        None, "--config", help="YAML file with values for these options.", is_eager=True, callback=_config
+    ),
+) -> None:
+    """Measure what noise does to a language model: per operator kind, per layer, per window, with error bars."""
+    from aqnfx.cli.session import run_session
+
+    options: dict[str, Any] = dict(
+        levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
+        seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise,
+        probes=tuple(p.strip() for p in probes.split(",") if p.strip()), compile=compile_mode, batch_size=batch_size,
+        max_length=max_length, text_field=text_field, pack=pack, device=device,
+    )  # fmt: skip
+    run_session(model, data, options, out=out, resume=resume, json_output=json_output)

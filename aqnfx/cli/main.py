@@ -1,0 +1,59 @@
+"""The command line: argument parsing, exit codes, one clear line for bad input."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from aqnfx.cli import demo, diagnose, env, opt, trace
+from aqnfx.errors import AqnfxError
+
+app = typer.Typer(
+    name="aqnfx",
+    help="Find out what noise does to a neural network: which layers and operators are fragile, with error bars.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.command)
+app.command("trace")(trace.command)
+app.command("opt")(opt.command)
+app.command("diagnose")(diagnose.command)
+app.command("env")(env.command)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Spinning OpenMP threads slow a busy machine several-fold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if debug:
+        os.environ["AQNFX_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line; exits 0 on success, 2 on bad input, 130 when interrupted."""
+    try:
+        app()
+    except AqnfxError as error:
+        if os.environ.get("AQNFX_DEBUG"):
+            raise
+        print(f"aqnfx: {' '.join(str(error).splitlines()[:1])}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("aqnfx: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Run a diagnosis for the terminal: output folder, progress bar, resume, artifacts, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from aqnfx.errors import AqnfxError, InputError
+from aqnfx.reporting.artifacts import check_output_dir
+
+JOURNAL = "journal.jsonl"
+
+
+def run_session(
+    model: str, data: Path, options: dict[str, Any], *, out: Path, resume: bool, json_output: bool, fresh: bool = False
+) -> None:
+    """Diagnose ``model`` on ``data`` and write the artifacts to ``out``; ``fresh`` discards an unfinished run there.
+
+    Exits with 130 after an interruption: what was finished is written, and the line on stderr says how to resume.
+    """
+    if not data.exists():
+        raise InputError(f"data file {data} does not exist")
+    existed = out.exists()
+    directory = check_output_dir(out)
+    journal = directory / JOURNAL
+    if fresh:
+        journal.unlink(missing_ok=True)
+    if journal.exists() and not resume:
+        raise InputError(f"{directory} holds an unfinished run; add --resume to continue it, or choose another --out")
+    if resume and not journal.exists():
+        raise InputError(f"{directory} holds no unfinished run to resume; run without --resume")
+    from aqnfx.diagnosis.diagnose import diagnose
+    from aqnfx.reporting.console import print_summary
+    from aqnfx.reporting.report import save_report
+
+    console = Console(stderr=json_output)
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description="measuring")
+
+        try:
+            smap = diagnose(
+                model, data, journal=journal, progress=progress,
+                status=lambda text: bar.update(task, description=text), **options,
+            )  # fmt: skip
+        except AqnfxError:
+            _leave_nothing(directory, journal, existed)
+            raise
+    paths = save_report(smap, directory)
+    if json_output:
+        print(json.dumps(smap.to_record()))
+    else:
+        print_summary(smap, console)
+        console.print(f"\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
+    if smap.to_record()["partial"]:
+        print(f"aqnfx: interrupted; what is finished is in {directory}; --resume with the same options continues", file=sys.stderr)
+        raise typer.Exit(130)
+    journal.unlink(missing_ok=True)
+
+
+def _leave_nothing(directory: Path, journal: Path, existed: bool) -> None:
+    """After a failure remove a journal without finished work, and the directory if this run made it and it is empty."""
+    if journal.exists() and journal.read_bytes().count(b"\n") <= 1:
+        journal.unlink()
+    if not existed and not any(directory.iterdir()):
+        directory.rmdir()
