@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from aqnfx.diagnosis.sensitivity import SensitivityMap as SensitivityMap
     from aqnfx.errors import AqnfxError as AqnfxError
     from aqnfx.graph.frontend import trace as trace
+    from aqnfx.graph.opkinds import OpKind as OpKind
     from aqnfx.graph.program import Program as Program
     from aqnfx.graph.sites import Site as Site
-    from aqnfx.graph.opkinds import OpKind as OpKind
     from aqnfx.numerics.metrics import critical_threshold as critical_threshold
     from aqnfx.numerics.metrics import noise_tolerance_index as noise_tolerance_index
     from aqnfx.numerics.metrics import relative_degradation as relative_degradation

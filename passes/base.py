@@ -53,7 +53,9 @@ class Pass:
         """
         missing = [need for need in self.needs if not program.ran(need)]
         if missing:
-            raise PassError(f"{self.name} needs {', '.join(missing)} to have run before it; history: {program.pipeline or '(none)'}")
+            raise PassError(
+                f"{self.name} needs {', '.join(missing)} to have run before it; history: {program.pipeline or '(none)'}"
+            )
         self.requires(program)
         started = time.perf_counter()
         fork = program.fork()

@@ -13,7 +13,7 @@ from aqnfx.errors import PassError
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.edit import control_buffer, insert_after
 from aqnfx.graph.program import Program
-from aqnfx.graph.tags import tensor_value
+from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
 from aqnfx.passes.base import Pass, select_or_raise
 
@@ -81,34 +81,38 @@ class InsertNoise(Pass):
             key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
             hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)
             mask = cols = None
-            if value.dim() and isinstance(width := value.shape[self._dim(site.id, value)], int):
+            if value.dim() and isinstance(width := static_size(value.shape[self._dim(site.id, value)]), int):
                 mask = buffer(f"{stem}_channels", torch.ones(width, dtype=torch.bool), site.id)
-            if value.dim() and isinstance(width := value.shape[-1], int):
+            if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
                 cols = buffer(f"columns_{width}", columns(width), None)
             rows = _samples(value, batch)
             args: tuple[Any, ...] = (anchor, level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             options = {"inserted_by": self.name, "site": site.id}
             args = (*args, 0, True) if self.compiled else args
-            noise = insert_after(anchor, torch.ops.aqnfx.noise.default, args, reroute=True, **options)  # type: ignore[arg-type]
-            insert_after(noise, torch.ops.aqnfx.count.default, (level, hits), reroute=False, **options)  # type: ignore[arg-type]
+            noise = insert_after(anchor, torch.ops.aqnfx.noise.default, args, reroute=True, **options)
+            insert_after(noise, torch.ops.aqnfx.count.default, (level, hits), reroute=False, **options)
 
     def _dim(self, site: str, value: torch.Tensor) -> int:
         if not -value.dim() <= self.channel_dim < value.dim():
-            raise PassError(f"{self.name}: channel_dim {self.channel_dim} does not exist at {site}, which has {value.dim()} dimensions")
+            raise PassError(
+                f"{self.name}: channel_dim {self.channel_dim} does not exist at {site}, which has {value.dim()} dimensions"
+            )
         return self.channel_dim
 
 
 def _batch_size(program: Program) -> Node | int:
     """Return the node that holds the number of samples: the first dimension of the first input."""
     first = next(n for n in program.graph.nodes if n.op == "placeholder")
-    size = first.meta["val"].shape[0] if first.meta["val"].dim() else 1
+    size = static_size(first.meta["val"].shape[0]) if first.meta["val"].dim() else 1
     if isinstance(size, int):
         return size
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.sym_size.int and node.args == (first, 0):
             return node  # type: ignore[no-any-return]
     last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
-    node = insert_after(last, torch.ops.aten.sym_size.int, (first, 0), inserted_by="insert-noise", site="", reroute=False)
+    node = insert_after(
+        last, torch.ops.aten.sym_size.int, (first, 0), inserted_by="insert-noise", site="", reroute=False
+    )
     node.meta["val"] = size
     return node
 
@@ -117,7 +121,7 @@ def _samples(value: torch.Tensor, batch: Node | int) -> Node | int:
     """Return how many samples share the first dimension: the batch size where it divides it, else 1."""
     if value.dim() == 0:
         return 1
-    size, rows = batch.meta["val"] if isinstance(batch, Node) else batch, value.shape[0]
+    size, rows = batch.meta["val"] if isinstance(batch, Node) else batch, static_size(value.shape[0])
     if isinstance(rows, int):
         return batch if isinstance(size, int) and size > 0 and rows % size == 0 else 1
     if isinstance(size, int):

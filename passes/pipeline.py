@@ -66,7 +66,9 @@ def _parse_pass(part: str) -> Pass:
     while text[at:].strip():
         token = _TOKEN.match(text, at)
         if not token:
-            raise PassError(f"{match['name']}: cannot read option {text[at:].strip()!r}; write key=value, text in quotes")
+            raise PassError(
+                f"{match['name']}: cannot read option {text[at:].strip()!r}; write key=value, text in quotes"
+            )
         key, value = token["key"].replace("-", "_"), token["value"]
         if key not in fields:
             raise PassError(f"{match['name']} has no option {key!r}; it has {', '.join(fields) or 'none'}")

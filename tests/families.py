@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +31,6 @@ class Family:
     stacks: tuple[str, ...] = ("model.layers",)
     auto: str = "AutoModelForCausalLM"
     any_length: bool = True  # False: the sequence length is fixed by tracing
-    embedding: str = ""  # the parameter whose row 7 is the input of token 7; the first embedding where empty
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -90,8 +88,6 @@ FAMILIES: dict[str, Family] = {
 
 def build(name: str, **changes: Any) -> nn.Module:
     """Return the family's tiny model with seeded random weights, in evaluation mode."""
-    import transformers
-
     family = FAMILIES[name]
     return build_from(name, {**family.options, **changes}, family.auto)
 

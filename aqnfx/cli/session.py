@@ -67,7 +67,10 @@ def run_session(
         print_summary(smap, console)
         console.print(f"\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
     if smap.to_record()["partial"]:
-        print(f"aqnfx: interrupted; what is finished is in {directory}; --resume with the same options continues", file=sys.stderr)
+        print(
+            f"aqnfx: interrupted; what is finished is in {directory}; --resume with the same options continues",
+            file=sys.stderr,
+        )
         raise typer.Exit(130)
     journal.unlink(missing_ok=True)
 

@@ -202,9 +202,9 @@ def by_class(graph: Graph, known: dict[Node, OpKind]) -> Iterator[Composite]:
 def linear_products(graph: Graph) -> Iterator[Node]:
     """matmul / mm whose second operand is a (transposed) parameter: a linear layer written out."""
     for node in graph.nodes:
-        if _name(node) in ("matmul", "mm") and len(node.args) >= 2 and isinstance(node.args[1], Node):
-            if source(node.args[1]).op == "get_attr":
-                yield node
+        operands = _operands(node)
+        if _name(node) in ("matmul", "mm") and len(operands) == 2 and source(operands[1]).op == "get_attr":
+            yield node
 
 
 def depends_on_data(graph: Graph, parameters: frozenset[Node]) -> frozenset[Node]:
@@ -212,8 +212,8 @@ def depends_on_data(graph: Graph, parameters: frozenset[Node]) -> frozenset[Node
     found: set[Node] = set(parameters)
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
-            found.add(node)
-        elif any(n in found for n in node.all_input_nodes):
+        if (node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point()) or any(
+            n in found for n in node.all_input_nodes
+        ):
             found.add(node)
     return frozenset(found)

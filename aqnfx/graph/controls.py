@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from aqnfx.errors import InputError
 import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
+from aqnfx.errors import InputError
 from aqnfx.graph.tags import constant, get_tag
 
 Phases = Literal["forward", "backward", "both"]
@@ -80,7 +80,9 @@ class NoiseControls:
             raise InputError(f"{site} has no fixed channel dimension, so noise cannot be restricted to channels")
         if isinstance(channels, Tensor) and channels.dtype == torch.bool:
             if channels.shape != mask.shape:
-                raise InputError(f"channel mask of shape {list(channels.shape)} given; {site} has {mask.numel()} channels")
+                raise InputError(
+                    f"channel mask of shape {list(channels.shape)} given; {site} has {mask.numel()} channels"
+                )
             mask.copy_(channels)
             return
         indices = sorted({int(c) for c in channels})

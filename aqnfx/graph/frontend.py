@@ -20,6 +20,7 @@ from aqnfx.graph.inputs import default_shapes, example_inputs
 from aqnfx.graph.normalize import is_mutable, normalize_graph
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
+from aqnfx.graph.tags import static_size
 from aqnfx.graph.verify import verify
 
 EMBEDDED = "tinygsm"
@@ -78,7 +79,9 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
     import transformers
 
     path = str(embedded_model()) if name == EMBEDDED and not Path(name).exists() else name
-    if (Path(path).exists() and not Path(path).is_dir()) or (Path(path).is_dir() and not (Path(path) / "config.json").exists()):
+    if (Path(path).exists() and not Path(path).is_dir()) or (
+        Path(path).is_dir() and not (Path(path) / "config.json").exists()
+    ):
         raise ModelError(f"model {name!r} is not a Hugging Face directory: it has no config.json")
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ModelError(f"model directory {name!r} does not exist")
@@ -97,7 +100,9 @@ def _load_pt2(path: Path, allowed: bool) -> ExportedProgram:
     if not path.exists():
         raise ModelError(f"{path} does not exist")
     if not allowed:
-        raise InputError(f"{path}: loading a .pt2 file can run code; pass allow_unsafe_pt2=True if you trust its origin")
+        raise InputError(
+            f"{path}: loading a .pt2 file can run code; pass allow_unsafe_pt2=True if you trust its origin"
+        )
     try:
         return torch.export.load(path)
     except Exception as error:
@@ -144,7 +149,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
-    module = exported.module(check_guards=False)  # type: ignore[call-arg]
+    module = exported.module(check_guards=False)
     example = exported.example_inputs
     if example is None:
         raise TraceError("the exported program carries no example inputs; export it with them")
@@ -163,7 +168,7 @@ def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
     notes = []
     for node in module.graph.nodes:
         if node.op == "placeholder" and not node.meta["val"].is_floating_point():
-            fixed = [d for d, s in enumerate(node.meta["val"].shape) if isinstance(s, int)]
+            fixed = [d for d, s in enumerate(node.meta["val"].shape) if isinstance(static_size(s), int)]
             if fixed:
                 sizes = ", ".join(f"dimension {d} at {node.meta['val'].shape[d]}" for d in fixed)
                 notes.append(f"{node.target}: the model's forward fixes {sizes}")

@@ -13,7 +13,13 @@ from aqnfx.errors import TraceError
 from aqnfx.graph.edit import inline
 from aqnfx.graph.tags import constant
 
-_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+_CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 
 
 def is_mutable(graph: Graph) -> bool:
@@ -24,7 +30,7 @@ def is_mutable(graph: Graph) -> bool:
 def _inline_mode_region(module: GraphModule, node: Node, skip: int) -> None:
     """Replace a call of a gradient- or autocast-mode region by its body; ``skip`` arguments come before the body."""
     body_ref, operands = node.args[skip], node.args[skip + 1 :]
-    body = constant(module, body_ref) if isinstance(body_ref, Node) else body_ref  # type: ignore[arg-type]
+    body: Any = constant(module, body_ref) if isinstance(body_ref, Node) else body_ref
     results: Any = inline(node, body.graph, operands)
     for user in list(node.users):
         if user.target is not operator.getitem:
@@ -43,9 +49,9 @@ def normalize_graph(module: GraphModule) -> None:
     graph = module.graph
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", str(node.target))
-        if node.op == "call_module" and str(node.target) == "_guards_fn":
-            graph.erase_node(node)
-        elif node.op == "call_function" and name.split(".")[0] in _CHECKS and not node.users:
+        if (node.op == "call_module" and str(node.target) == "_guards_fn") or (
+            node.op == "call_function" and name.split(".")[0] in _CHECKS and not node.users
+        ):
             graph.erase_node(node)
         elif name == "wrap_with_set_grad_enabled":
             _inline_mode_region(module, node, 1)

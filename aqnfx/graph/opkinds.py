@@ -60,8 +60,8 @@ NAME_TO_KIND: dict[str, OpKind] = {name: kind for kind, names in _NAMES.items() 
 
 # Operations that move, select or cast values without arithmetic: never a site.
 MOVES = frozenset({
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "contiguous", "clone", "detach",
-    "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16", "slice", "select", "narrow", "getitem", "expand",
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "contiguous", "clone",
+    "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16", "slice", "select", "narrow", "getitem", "expand",
     "expand_as", "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "unbind", "cat",
     "concat", "stack", "index", "index_select", "gather", "index_put", "scatter", "masked_fill", "where", "dropout",
     "native_dropout", "pad", "constant_pad_nd", "repeat", "repeat_interleave", "roll", "flip", "tril", "triu", "sort",

@@ -18,7 +18,7 @@ from aqnfx.graph import edit
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.render import fingerprint, render
 from aqnfx.graph.sites import Site
-from aqnfx.graph.tags import get_tag, site_nodes, site_of
+from aqnfx.graph.tags import get_tag, site_nodes, site_of, static_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +144,8 @@ class Program:
         sig = self.signature
         flat, spec = pytree.tree_flatten((args, dict(kwargs)))
         if spec == sig.in_spec:
+            for name, value, default in zip(sig.names, flat, sig.defaults, strict=True):
+                _check_constant(name, value, default)
             return flat
         if len(args) > len(sig.names):
             raise InputError(f"{len(args)} positional arguments given; the program takes {', '.join(sig.names)}")
@@ -157,11 +159,13 @@ class Program:
             if isinstance(default, torch.Tensor) and value is None:
                 like = next((v for v in given.values() if isinstance(v, torch.Tensor)), None)
                 if not name.endswith("mask") or like is None:
-                    raise InputError(f"argument {name!r} is missing; the program was traced with {', '.join(sig.names)}")
+                    raise InputError(
+                        f"argument {name!r} is missing; the program was traced with {', '.join(sig.names)}"
+                    )
                 value = torch.ones(like.shape[:2], dtype=default.dtype, device=like.device)
             elif not isinstance(default, torch.Tensor):
-                if name in given and value != default:
-                    raise InputError(f"{name}={value!r} was asked; the program was traced with {name}={default!r}")
+                if name in given:
+                    _check_constant(name, value, default)
                 value = default
             leaves.append(value)
         return leaves
@@ -218,14 +222,19 @@ class Program:
         return site_nodes(self.graph)
 
 
+def _check_constant(name: str, value: Any, default: Any) -> None:
+    if not isinstance(default, torch.Tensor) and (isinstance(value, torch.Tensor) or value != default):
+        raise InputError(f"{name}={value!r} was asked; the program was traced with {name}={default!r}")
+
+
 def _check_input(name: str, traced: Any, value: Any, sizes: dict[str, tuple[int, str]]) -> None:
     if not isinstance(value, torch.Tensor):
         raise InputError(f"input {name!r} must be a tensor, found {type(value).__name__}")
-    want = [str(s) for s in traced.shape]
+    want = [str(static_size(s)) for s in traced.shape]
     text = f"input {name!r} has shape {list(value.shape)} and dtype {value.dtype}; traced as [{', '.join(want)}] {traced.dtype}"
     if value.dtype != traced.dtype or value.dim() != traced.dim():
         raise InputError(text)
-    for dim, (expected, found) in enumerate(zip(traced.shape, value.shape, strict=True)):
+    for dim, (expected, found) in enumerate(zip(map(static_size, traced.shape), value.shape, strict=True)):
         if isinstance(expected, int):
             if expected != found:
                 raise InputError(f"{text}: dimension {dim} is fixed at {expected}")

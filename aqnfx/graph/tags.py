@@ -72,6 +72,12 @@ def tensor_value(node: Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def static_size(size: int | torch.SymInt) -> int | torch.SymInt:
+    """Return the integer for a size that is fixed, also where tracing left it as a symbol bound to one; else the symbol."""
+    known = size if isinstance(size, int) else size.node.maybe_as_int()
+    return size if known is None else int(known)
+
+
 def is_float(node: Node) -> bool:
     """Return whether the node produces one floating-point tensor."""
     value = tensor_value(node)
@@ -94,7 +100,7 @@ def site_of(node: Node) -> Site | None:
         return None
     return Site(
         module=tag.module, op=tag.op, ordinal=tag.ordinal, layer=tag.layer, stack=tag.stack, region=tag.region,
-        shape=tuple(int(s) if isinstance(s, int) else str(s) for s in value.shape),
+        shape=tuple(s if isinstance(s, int) else str(s) for s in map(static_size, value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
     )  # fmt: skip
 

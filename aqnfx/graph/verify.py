@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import GraphModule, Node
 
+import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
 from aqnfx.errors import VerificationError
 from aqnfx.graph.render import target_name
-import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
 from aqnfx.graph.tags import constant, get_tag, module_stack, site_of, tensor_value
 
 Finding = tuple[Node, str]

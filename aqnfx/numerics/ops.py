@@ -22,7 +22,8 @@ def _rows_first(x: Tensor) -> list[int] | None:
     """Return the permutation of the leading dimensions that makes ``x`` contiguous, or None where there is none."""
     if x.dim() < 2 or x.stride(-1) != 1:
         return None
-    order = sorted(range(x.dim() - 1), key=lambda d: (-x.stride(d), d))
+    strides = x.stride()
+    order = sorted(range(x.dim() - 1), key=lambda d: (-strides[d], d))
     return [*order, x.dim() - 1] if x.permute([*order, x.dim() - 1]).is_contiguous() else None
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from aqnfx.errors import ArtifactError, InputError
 
@@ -31,7 +31,7 @@ class Journal:
         try:
             if path.exists() and path.stat().st_size:
                 keep = self._read(identity)
-                self._file = path.open("r+b")
+                self._file: BinaryIO = path.open("r+b")
                 self._file.truncate(keep)
                 self._file.seek(keep)
             else:
@@ -50,7 +50,9 @@ class Journal:
             except ValueError as error:
                 if number == len(lines) and number > 1:
                     break
-                raise ArtifactError(f"journal {self.path} is damaged at line {number}: {error}; start again without --resume") from error
+                raise ArtifactError(
+                    f"journal {self.path} is damaged at line {number}: {error}; start again without --resume"
+                ) from error
             if number == 1:
                 _same_run(self.path, record, wanted)
             else:
@@ -74,7 +76,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 

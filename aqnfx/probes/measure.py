@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, ModelError, ProbeError
 from aqnfx.graph.program import Program
@@ -75,7 +76,9 @@ def _forward(program: Program, call: Callable[..., Any]) -> Forward:
         output = call(**{name: given[name] for name in names})
         logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-            raise ModelError("measuring needs logits of shape (batch, sequence, vocabulary); the model returns something else")
+            raise ModelError(
+                "measuring needs logits of shape (batch, sequence, vocabulary); the model returns something else"
+            )
         return logits
 
     return forward
@@ -167,7 +170,9 @@ def measure(
     """
     missing = sorted({s for p in sweep.probes for s in p.sites} - set(program.controls.sites))
     if missing:
-        raise ProbeError(f"{len(missing)} probed sites have no noise node, first {missing[0]}; insert noise there first")
+        raise ProbeError(
+            f"{len(missing)} probed sites have no noise node, first {missing[0]}; insert noise there first"
+        )
     if not batches:
         raise InputError("there are no samples to measure on")
     started, total = time.perf_counter(), sweep.size * len(batches)
@@ -186,7 +191,11 @@ def measure(
             interrupted = False
     finally:
         program.controls.restore(saved)
-    facts = {"runs": len(done) - resumed + len(run.clean), "resumed_items": resumed, "seconds": time.perf_counter() - started}
+    facts = {
+        "runs": len(done) - resumed + len(run.clean),
+        "resumed_items": resumed,
+        "seconds": time.perf_counter() - started,
+    }
     return _collect(run, batches, sweep, interrupted, noise_kind, {**(provenance or {}), **facts})
 
 
@@ -206,7 +215,9 @@ def _collect(
         chosen = [p for p in chosen if 0 in run.clean and finished(0, p)]
         whole = [0]
         if not chosen:
-            raise InputError("interrupted before the first probe was finished; what is done is in the journal: use --resume")
+            raise InputError(
+                "interrupted before the first probe was finished; what is done is in the journal: use --resume"
+            )
     size = [batches[b].size for b in whole]
     metrics = [m for m in next(iter(run.done.values())) if m != "exact_match" or _has_answers(run, whole)]
     scores = {m: np.empty((len(chosen), len(sweep.levels), len(sweep.seeds), sum(size))) for m in metrics}
@@ -216,7 +227,11 @@ def _collect(
                 for metric in metrics:
                     parts = [run.done[b, probe, lv, k][metric] for b in whole]
                     scores[metric][position, lv, k] = np.concatenate(parts)
-    clean = {m: np.concatenate([run.clean[b][m] for b in whole]).astype(np.float64) for m in ("nll", "exact_match") if m == "nll" or m in metrics}
+    clean: dict[str, NDArray[np.float64]] = {
+        m: np.concatenate([run.clean[b][m] for b in whole]).astype(np.float64)
+        for m in ("nll", "exact_match")
+        if m == "nll" or m in metrics
+    }
     sites = {s.id: s for s in run.program.sites}
     probed = {s for p in chosen for s in sweep.probes[p].sites}
     return Measurements(

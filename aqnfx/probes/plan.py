@@ -35,7 +35,9 @@ def plan_probes(
     sites = selector.select(program)
     if not sites:
         known = sorted({str(site.op) for site in program.sites})
-        raise SelectorError(f"{selector} matches none of {len(program.sites)} sites; operator kinds here: {', '.join(known)}")
+        raise SelectorError(
+            f"{selector} matches none of {len(program.sites)} sites; operator kinds here: {', '.join(known)}"
+        )
     layers = _by_layer(program, sites)
     probes: list[Probe] = []
     if "operator" in kinds:
@@ -46,7 +48,9 @@ def plan_probes(
     if "window" in kinds:
         longest = max((len(stack) for stack in layers), default=0)
         if layers and window > longest:
-            raise InputError(f"window {window} is longer than the {longest} selected layers; choose --window {longest} or less")
+            raise InputError(
+                f"window {window} is longer than the {longest} selected layers; choose --window {longest} or less"
+            )
         probes += [p for stack in layers for p in _windows(stack, window, step)]
     if "site" in kinds:
         probes += [

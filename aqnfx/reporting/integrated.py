@@ -26,7 +26,11 @@ class IntegratedDiagnostic:
     """
 
     def __init__(
-        self, model: nn.Module | Program | str | Path, test_data: Data, calibration_data: Data | None = None, **options: Any
+        self,
+        model: nn.Module | Program | str | Path,
+        test_data: Data,
+        calibration_data: Data | None = None,
+        **options: Any,
     ) -> None:
         self.model, self.test_data, self.calibration_data = model, test_data, calibration_data
         self.options = options
