@@ -60,9 +60,8 @@ class Pass:
         started = time.perf_counter()
         fork = program.fork()
         self.run(fork)
-        fork.module.graph.lint()
-        fork.module.recompile()
         verify(fork.module, after=self.name)
+        fork.module.recompile()
         self.ensures(fork)
         step = Step(
             spec=self.spec(),

@@ -15,14 +15,16 @@ from torch import nn
 import aqnfx
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.errors import InputError
+from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import load_model, model_digest, trace
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
+from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.compile_choice import what_to_compile
 from aqnfx.probes.data import Batch, Encoded, data_digest, make_batches
 from aqnfx.probes.journal import Journal
-from aqnfx.probes.measure import Forward, Progress, Sweep, compiled_forward, eager_forward, measure
+from aqnfx.probes.measure import Forward, Progress, Sweep, compiled_forward, eager_forward, is_causal, measure
 from aqnfx.probes.measurements import Measurements, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.samples import load_samples, load_tokenizer
@@ -30,10 +32,6 @@ from aqnfx.probes.tasks import accuracy_like
 
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
-# Measured on two cores: Inductor takes about 15 ms per graph node and gives back about a quarter of the run time;
-# the noise kernel alone compiles in about 20 s and is about ten times as fast as its operations one by one.
-_COMPILE_SECONDS_PER_NODE, _COMPILE_GAIN = 0.015, 0.25
-_KERNEL_SECONDS, _EAGER_NOISE_PER_SECOND = 20.0, 8e7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +135,12 @@ def run(
     seeds = tuple(range(options.seed, options.seed + options.seeds))
     sweep = Sweep(probes=probes, levels=options.levels, seeds=seeds, base_level=options.base, task=task)
     tell("preparing")
+    if not is_causal(prepared, (encoded[0].input_ids * longest)[: _fixed_length(prepared) or longest]):
+        if task in ("nll", "exact_match"):
+            raise ModelError(
+                f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
+            )
+        notes = (*notes, "the model is not causal: KL and agreement are over all positions, NLL means nothing")
     fixed = longest if options.compile == "yes" or _fixed_length(prepared) else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -145,7 +149,7 @@ def run(
         return [b.to(options.device) for b in make_batches(encoded, batch_size=size, pad_id=pad, fixed_length=length)]
 
     work = batches(fixed)
-    graph, kernel = _what_to_compile(prepared, sweep, work, options)
+    graph, kernel = what_to_compile(prepared, sweep, work, options.compile)
     if graph and fixed is None:
         work = batches(longest)
     insert = Pipeline.parse(
@@ -211,39 +215,10 @@ def _trace(model: nn.Module, longest: int) -> Program:
 
 
 def _fixed_length(program: Program) -> int | None:
-    first = next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"]
-    lengths = [
-        n.meta["val"].shape[1] for n in program.graph.nodes if n.op == "placeholder" and n.meta["val"].dim() > 1
-    ]  # fmt: skip
-    return next((s for s in lengths if isinstance(s, int)), None) if first.dim() > 1 else None
-
-
-def _what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], options: Options) -> tuple[bool, bool]:
-    """Return (compile the graph, compile the noise kernel): what was asked, or what pays for the projected work."""
-    if options.compile != "auto":
-        return options.compile == "yes", options.compile == "yes"
-    forward = eager_forward(program)
-    with torch.no_grad():
-        forward(batches[0])
-        started = time.perf_counter()
-        forward(batches[0])
-        once = time.perf_counter() - started
-    tokens = batches[0].input_ids.numel()
-    elements = {site.id: _elements(site.shape, tokens) for site in program.sites}
-    noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
-    noise_seconds = noise * len(batches) / _EAGER_NOISE_PER_SECOND
-    graph_seconds = once * sweep.size * len(batches) * _COMPILE_GAIN
-    graph = graph_seconds > 2 * len(list(program.graph.nodes)) * _COMPILE_SECONDS_PER_NODE
-    return graph, graph or noise_seconds > 2 * _KERNEL_SECONDS
-
-
-def _elements(shape: Sequence[int | str], tokens: int) -> int:
-    """Roughly how many values a site has: one row per token."""
-    fixed = [s for s in shape if isinstance(s, int)]
-    size = tokens
-    for s in fixed:
-        size *= s
-    return size
+    """Return the sequence length that the model's forward fixes, or None."""
+    inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+    lengths = [static_size(v.shape[1]) for v in inputs if v.dim() > 1]
+    return next((size for size in lengths if isinstance(size, int)), None)
 
 
 def _identity(program: Program, encoded: Sequence[Encoded], sweep: Sweep, options: Options) -> dict[str, Any]:

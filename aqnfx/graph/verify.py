@@ -127,10 +127,10 @@ def neighbourhood(node: Node, *, reach: int = 2) -> str:
 
 def verify(module: GraphModule, *, after: str) -> None:
     """Check every rule; raises :class:`VerificationError` naming the rule, the pass ``after`` and the first node."""
-    try:
-        module.graph.lint()
-    except (RuntimeError, ValueError) as error:
-        raise VerificationError(f"{after}: the graph is malformed: {error}") from error
     for name, rule in RULES.items():
         for node, problem in rule(module):
             raise VerificationError(f"{after}: rule {name}: node {node.name} {problem}\n{neighbourhood(node)}")
+    try:
+        module.graph.lint()  # last: its message has no neighbourhood, so what a rule finds is better told by the rule
+    except (RuntimeError, ValueError) as error:
+        raise VerificationError(f"{after}: the graph is malformed: {error}") from error

@@ -84,6 +84,19 @@ def _forward(program: Program, call: Callable[..., Any]) -> Forward:
     return forward
 
 
+def is_causal(program: Program, tokens: Sequence[int]) -> bool:
+    """Return whether the logits at the first position stay the same when the last token changes."""
+    ids = torch.tensor([tokens, tokens], device=next(program.module.parameters()).device)
+    ids[1, -1] = ids[1, 0] if ids[1, -1] != ids[1, 0] else (ids[1, 0] + 1) % 2
+    mask = torch.ones_like(ids)
+    empty = torch.zeros(2, len(tokens) - 1, dtype=torch.bool)
+    with torch.no_grad():
+        batch = Batch(row_offset=0, size=2, input_ids=ids, attention_mask=mask, score_mask=empty, answer_mask=None)
+        logits = eager_forward(program)(batch)
+    # Not bit for bit: routed experts round differently with other tokens in the batch.
+    return torch.allclose(logits[0, 0], logits[1, 0], rtol=1e-3, atol=1e-3 * float(logits[0, 0].abs().max()))
+
+
 @dataclass(slots=True)
 class _Run:
     """The state of one measuring run."""

@@ -52,7 +52,7 @@ def _what_was_done(smap: SensitivityMap) -> str:
 
 def _nothing(smap: SensitivityMap) -> str:
     return (
-        f"Nothing was found: no operator, layer or window is distinguishable from no effect at level "
+        f"Nothing was found: no operator, layer or window has a degradation distinguishable from 0 at level "
         f"{smap.base_level:g}; more samples, more seeds or higher levels are needed before any of this is acted on."
     )
 
