@@ -20,6 +20,12 @@ class InputError(AqnfxError):
     """A file, option or argument from outside is missing, malformed, empty or out of range."""
 
 
+class Interrupted(InputError):
+    """A run was interrupted before it had anything to report."""
+
+    exit_code = 130
+
+
 class ModelError(AqnfxError):
     """A model could not be loaded, or is not of a form that the request can work on."""
 

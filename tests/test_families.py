@@ -232,6 +232,8 @@ def test_untraceable_families(name):
     arguments = inputs(name, 2, 20)
     model = build_from(name, options, auto)
     expected = eager(build_from(name, options, auto), **arguments)  # the model itself works
-    with pytest.raises((AqnfxError, RuntimeError)):
-        program = aqnfx.trace(model)
-        assert not same_bits(logits(program, **arguments), expected), f"{name} works now; move it to FAMILIES"
+    try:
+        found = logits(aqnfx.trace(model), **arguments)
+    except (AqnfxError, RuntimeError):
+        return
+    assert not same_bits(found, expected), f"{name} works now; move it to FAMILIES"

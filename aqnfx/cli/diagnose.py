@@ -34,12 +34,15 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(loaded, dict):
         raise InputError(f"{path} must be a mapping of option names to values, found {type(loaded).__name__}")
     names = {p.name for p in context.command.params if p.name} - {"config"}
-    aliases = {"json": "json_output"}
+    aliases = {"json": "json_output", "compile": "compile_mode"}
     values = {}
     for key, value in loaded.items():
         name = aliases.get(str(key), str(key).replace("-", "_"))
         if name not in names:
-            raise InputError(f"{path}: unknown option {key!r}{nearest(name, names)}")
+            flags = {next((a for a, full in aliases.items() if full == n), n).replace("_", "-") for n in names}
+            raise InputError(f"{path}: unknown option {key!r}{nearest(str(key), sorted(flags))}")
+        if name == "compile_mode" and isinstance(value, bool):
+            value = "yes" if value else "no"  # YAML reads yes and no as truth values
         values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **values}
     return path

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
 from aqnfx.cli import demo, diagnose, env, opt, trace
 from aqnfx.errors import AqnfxError
+
+# Typer exports no name for the base of its usage errors, and where it lives differs between versions.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="aqnfx",
@@ -41,13 +45,20 @@ def _options(
 def main() -> None:
     """Run the command line; exits 0 on success, 2 on bad input, 130 when interrupted."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        if len(sys.argv) <= 1:  # no command: the help, not a complaint
+            error.show()
+        else:
+            print(f"aqnfx: {' '.join(error.format_message().split())}; see aqnfx --help", file=sys.stderr)
+        sys.exit(error.exit_code)
     except AqnfxError as error:
         if os.environ.get("AQNFX_DEBUG"):
             raise
         print(f"aqnfx: {' '.join(str(error).splitlines()[:1])}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("aqnfx: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aqnfx.errors import AqnfxError, InputError
+from aqnfx.errors import AqnfxError, InputError, Interrupted
 from aqnfx.reporting.artifacts import check_output_dir
 
 JOURNAL = "journal.jsonl"
@@ -27,7 +27,7 @@ def run_session(
     """
     if not data.exists():
         raise InputError(f"data file {data} does not exist")
-    existed = out.exists()
+    made = [p for p in (out, *out.parents) if not p.exists()]
     directory = check_output_dir(out)
     journal = directory / JOURNAL
     if fresh:
@@ -57,8 +57,10 @@ def run_session(
                 model, data, journal=journal, progress=progress,
                 status=lambda text: bar.update(task, description=text), **options,
             )  # fmt: skip
-        except AqnfxError:
-            _leave_nothing(directory, journal, existed)
+        except (AqnfxError, KeyboardInterrupt) as error:
+            _leave_nothing(None if resume else journal, made)
+            if isinstance(error, Interrupted) and journal.exists() and not fresh:
+                raise Interrupted(f"{error}; --resume with the same options continues") from error
             raise
     paths = save_report(smap, directory)
     if json_output:
@@ -67,17 +69,16 @@ def run_session(
         print_summary(smap, console)
         console.print(f"\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
     if smap.to_record()["partial"]:
-        print(
-            f"aqnfx: interrupted; what is finished is in {directory}; --resume with the same options continues",
-            file=sys.stderr,
-        )
+        hint = "" if fresh else "; --resume with the same options continues"
+        print(f"aqnfx: interrupted; what is finished is in {directory}{hint}", file=sys.stderr)
         raise typer.Exit(130)
     journal.unlink(missing_ok=True)
 
 
-def _leave_nothing(directory: Path, journal: Path, existed: bool) -> None:
-    """After a failure remove a journal without finished work, and the directory if this run made it and it is empty."""
-    if journal.exists() and journal.read_bytes().count(b"\n") <= 1:
+def _leave_nothing(journal: Path | None, made: list[Path]) -> None:
+    """After a failure remove the run's own journal if it holds no finished work, and directories it made in vain."""
+    if journal is not None and journal.exists() and journal.read_bytes().count(b"\n") <= 1:
         journal.unlink()
-    if not existed and not any(directory.iterdir()):
-        directory.rmdir()
+    for directory in made:
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()

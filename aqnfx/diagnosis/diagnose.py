@@ -23,7 +23,7 @@ from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.compile_choice import what_to_compile
 from aqnfx.probes.data import Batch, Encoded, data_digest, make_batches
-from aqnfx.probes.journal import Journal
+from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Forward, Progress, Sweep, compiled_forward, eager_forward, is_causal, measure
 from aqnfx.probes.measurements import Measurements, ProbeKind
 from aqnfx.probes.plan import plan_probes
@@ -32,6 +32,8 @@ from aqnfx.probes.tasks import accuracy_like
 
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
+# What is compiled, as artifacts say it -> (the graph, the noise kernel).
+_COMPILED = {"none": (False, False), "noise kernel": (False, True), "graph": (True, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +151,12 @@ def run(
         return [b.to(options.device) for b in make_batches(encoded, batch_size=size, pad_id=pad, fixed_length=length)]
 
     work = batches(fixed)
-    graph, kernel = what_to_compile(prepared, sweep, work, options.compile)
+    earlier = recorded_identity(Path(journal)).get("compile") if journal is not None else None
+    if options.compile == "auto" and earlier in _COMPILED:  # the choice depends on timing, and a run must not mix them
+        graph, kernel = _COMPILED[earlier]
+    else:
+        graph, kernel = what_to_compile(prepared, sweep, work, options.compile)
+    compiled = next(name for name, parts in _COMPILED.items() if parts == (graph, kernel))
     if graph and fixed is None:
         work = batches(longest)
     insert = Pipeline.parse(
@@ -158,14 +165,15 @@ def run(
     noisy = insert(prepared)
     tell("compiling" if graph or kernel else "measuring")
     forward: Forward = compiled_forward(noisy) if graph else eager_forward(noisy)
-    identity = _identity(noisy, encoded, sweep, options)
+    identity = _identity(noisy, encoded, sweep, options) | {"compile": compiled}
+    source = {k: v for k, v in noisy.source.items() if k != "trace_seconds"}
     facts = identity["versions"] | {
         "device": options.device, "dtype": noisy.source.get("dtype"), "threads": torch.get_num_threads(),
-        "platform": platform.machine(),
-        "model": {**noisy.source, "digest": identity["model"], "layers": len(noisy.layers), "sites": len(noisy.sites)},
+        "platform": platform.machine(), "trace_seconds": noisy.source.get("trace_seconds"),
+        "model": {**source, "digest": identity["model"], "layers": len(noisy.layers), "sites": len(noisy.sites)},
         "data": {"path": Path(data).name if isinstance(data, (str, Path)) else "(values)", "digest": identity["data"],
                  "samples": len(encoded), "max_length": max(len(e.input_ids) for e in encoded), "notes": list(notes)},
-        "pipeline": noisy.pipeline, "compile": "graph" if graph else "noise kernel" if kernel else "none",
+        "pipeline": noisy.pipeline, "compile": compiled,
         "notes": [*noisy.notes, *notes], "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     keep = Journal(Path(journal), identity) if journal is not None else None

@@ -43,7 +43,9 @@ def expand(module: GraphModule, node: Node, function: Callable[..., Any]) -> Non
         return function(*positional, **dict(zip(node.kwargs, named, strict=True)))
 
     # pre_dispatch keeps matmul, softmax and the like whole, so that they are tagged as what they are.
-    traced = make_fx(call, pre_dispatch=True)(*values)
+    # Symbolic mode, or sizes among the operands would be fixed at their example values.
+    kind = "symbolic" if mode and mode.shape_env else "real"
+    traced = make_fx(call, pre_dispatch=True, tracing_mode=kind)(*values)
     traced.graph.eliminate_dead_code()
     result = inline(node, traced.graph, operands)
     if isinstance(result, Node):

@@ -88,7 +88,9 @@ def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
         if node.op != "call_function" or get_tag(node).inserted_by is None or not node.args:
             continue
         source = node.args[0]
-        if isinstance(source, Node) and source.op == "call_function" and module_stack(source) != module_stack(node):
+        if not isinstance(source, Node) or source.op != "call_function" or tensor_value(source) is None:
+            continue  # sizes are shared by the whole graph
+        if module_stack(source) != module_stack(node):
             yield node, "does not carry the module stack of the node that it follows"
 
 

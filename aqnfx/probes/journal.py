@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from aqnfx.errors import ArtifactError, InputError
 
@@ -25,20 +26,27 @@ class Journal:
     message names the first field that differs), :class:`InputError` when it cannot be written.
     """
 
+    _file: FileIO
+
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.items: dict[Item, Scores] = {}
         try:
-            if path.exists() and path.stat().st_size:
-                keep = self._read(identity)
-                self._file: BinaryIO = path.open("r+b")
+            fresh = not path.exists() or not path.stat().st_size
+            keep = 0 if fresh else self._read(identity)
+            # Unbuffered: what a failed write leaves in a buffer would be written again when the file is closed.
+            self._file = path.open("wb" if fresh else "r+b", buffering=0)
+            if not fresh:
                 self._file.truncate(keep)
                 self._file.seek(keep)
-            else:
-                self._file = path.open("wb")
-                self._append({"schema": SCHEMA, "identity": dict(identity)})
         except OSError as error:
-            raise InputError(f"cannot write the journal {path}: {error.strerror or error}") from error
+            raise self._cannot_write(error) from error
+        if fresh:
+            try:
+                self._append({"schema": SCHEMA, "identity": dict(identity)})
+            except InputError:
+                self._file.close()
+                raise
 
     def _read(self, identity: Mapping[str, Any]) -> int:
         """Load the items; return the length of the intact part in bytes."""
@@ -46,7 +54,7 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
-                record = _checked(line)
+                record = _checked(line, "schema" if number == 1 else "item")
             except ValueError as error:
                 if number == len(lines) and number > 1:
                     break
@@ -62,16 +70,23 @@ class Journal:
         return keep
 
     def add(self, item: Item, scores: Scores) -> None:
-        """Append a finished item; it is on disk when this returns."""
+        """Append a finished item; it is on disk when this returns. Raises :class:`InputError` when it cannot be written."""
         self._append({"item": list(item), "scores": scores})
         self.items[item] = scores
 
     def _append(self, record: dict[str, Any]) -> None:
         body = json.dumps(record, separators=(",", ":"))
         digest = hashlib.sha256(body.encode()).hexdigest()[:16]
-        self._file.write(f"{digest} {body}\n".encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        rest = memoryview(f"{digest} {body}\n".encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> InputError:
+        return InputError(f"cannot write the journal {self.path}: {error.strerror or error}")
 
     def __enter__(self) -> Journal:
         return self
@@ -82,18 +97,31 @@ class Journal:
         self._file.close()
 
 
-def _checked(line: bytes) -> dict[str, Any]:
+def recorded_identity(path: Path) -> dict[str, Any]:
+    """Return the identity that the journal at ``path`` was begun with, empty where there is no intact one."""
+    try:
+        with path.open("rb") as stream:
+            identity = _checked(stream.readline(), "schema").get("identity")
+    except (OSError, ValueError):
+        return {}
+    return identity if isinstance(identity, dict) else {}
+
+
+def _checked(line: bytes, key: str) -> dict[str, Any]:
     digest, _, body = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or hashlib.sha256(body).hexdigest()[:16].encode() != digest:
         raise ValueError("its checksum does not fit")
     record: dict[str, Any] = json.loads(body)
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f"it has no {key}")
     return record
 
 
 def _same_run(path: Path, record: dict[str, Any], wanted: dict[str, Any]) -> None:
     if record.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has the schema {record.get('schema')!r}; expected {SCHEMA}")
-    found = record["identity"]
+    found = record.get("identity")
+    found = found if isinstance(found, dict) else {}
     for key in wanted:
         if found.get(key) != wanted[key]:
             raise ArtifactError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aqnfx.errors import InputError, ModelError, ProbeError
+from aqnfx.errors import InputError, Interrupted, ModelError, ProbeError
 from aqnfx.graph.program import Program
 from aqnfx.probes.data import Batch
 from aqnfx.probes.journal import Item, Journal, Scores
@@ -41,7 +41,8 @@ class Sweep:
         for name in ("probes", "levels", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
-                raise InputError(f"{name} must be given and differ from each other, found {values or 'none'}")
+                found = ", ".join(f"{v.kind} {v.key}" if isinstance(v, Probe) else str(v) for v in values[:10])
+                raise InputError(f"{name} must be given and differ from each other, found {found or 'none'}")
         for level in self.levels:
             if not 0.0 < level < float("inf"):
                 raise InputError(f"noise level {level} must be positive and finite")
@@ -178,7 +179,7 @@ def measure(
     :func:`compiled_forward`). The same seed gives the same noise at a site in every configuration (common random
     numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items in
     ``journal`` are not run again. On ``KeyboardInterrupt`` the finished batches are returned with ``complete=False``
-    (of a first batch, the probes that are finished on it); with nothing finished :class:`InputError` is raised.
+    (of a first batch, the probes that are finished on it); with nothing finished :class:`Interrupted` is raised.
     Raises :class:`ProbeError` when a probe fires at other sites than its own or the logits are not finite.
     """
     missing = sorted({s for p in sweep.probes for s in p.sites} - set(program.controls.sites))
@@ -228,9 +229,7 @@ def _collect(
         chosen = [p for p in chosen if 0 in run.clean and finished(0, p)]
         whole = [0]
         if not chosen:
-            raise InputError(
-                "interrupted before the first probe was finished; what is done is in the journal: use --resume"
-            )
+            raise Interrupted("interrupted before the first probe was finished on the first samples")
     size = [batches[b].size for b in whole]
     metrics = [m for m in next(iter(run.done.values())) if m != "exact_match" or _has_answers(run, whole)]
     scores = {m: np.empty((len(chosen), len(sweep.levels), len(sweep.seeds), sum(size))) for m in metrics}

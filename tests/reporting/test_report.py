@@ -101,7 +101,7 @@ def test_recommendations_are_numbered_by_priority(text: str) -> None:
 def test_nothing_found_is_said() -> None:
     silent = interpret(run({("operator", "linear"): (0.0, 0.0), ("layer", "0"): (0.0, 0.0)}, n=30))
     text = report_markdown(silent, build_report(silent))
-    assert "Nothing was found: no operator, layer or window is distinguishable from no effect" in text
+    assert "Nothing was found: no operator, layer or window has a degradation distinguishable from 0" in text
     assert "raise --samples to 120" in text
     assert "## Windows" not in text
 
