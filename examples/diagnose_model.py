@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     parser.add_argument("--quick", action="store_true", help="8 samples, one level, operator kinds only")
     arguments = parser.parse_args()
-    settings = dict(samples=arguments.samples, levels=tuple(arguments.levels), base_level=max(arguments.levels), seeds=2)
+    settings = dict(
+        samples=arguments.samples, levels=tuple(arguments.levels), base_level=max(arguments.levels), seeds=2
+    )
     if arguments.quick:
         settings |= dict(samples=8, levels=(0.2,), base_level=0.2, seeds=1, probes=("operator",), compile="no")
 

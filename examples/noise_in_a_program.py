@@ -1,6 +1,6 @@
 """Trace a model, put noise into its graph, steer it with the controls, count it, and take it out again.
 
-    python examples/noise_in_a_program.py [--quick]
+python examples/noise_in_a_program.py [--quick]
 """
 
 from __future__ import annotations

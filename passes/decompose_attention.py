@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from aqnfx.graph.expand import expand
+from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.opkinds import OpKind, op_kind
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
-from aqnfx.graph.tags import get_tag
+from aqnfx.graph.tags import get_tag, tensor_value
 from aqnfx.passes.base import Pass
 
 INSIDE = frozenset({OpKind.SOFTMAX, OpKind.MATMUL})
@@ -43,6 +45,17 @@ def attention(
     return torch.matmul(torch.ops.aten._safe_softmax.default(scores, -1), value)
 
 
+def _heads_last(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention laid out in memory as (batch, position, head, channel), what views downstream of a fused kernel expect."""
+    return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _like(node: Node) -> Callable[..., Tensor]:
+    value = tensor_value(node)
+    transposed = value is not None and value.dim() == 4 and value.stride(1) < value.stride(2)
+    return _heads_last if transposed else attention
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecomposeAttention(Pass):
     """Open every attention in the selected layers when ``where`` can match something inside one (softmax, matmul)."""
@@ -53,7 +66,7 @@ class DecomposeAttention(Pass):
 
     def run(self, program: Program) -> None:
         """Replace the fused nodes; nothing happens where ``where`` selects nothing inside an attention."""
-        selector = Selector.parse(self.where)
+        selector, traces = Selector.parse(self.where), Traces()
         if not selector.kinds() & INSIDE:
             return
         for node in list(program.graph.nodes):
@@ -66,4 +79,4 @@ class DecomposeAttention(Pass):
             # Ids of what is inside exist only after opening: a selector by id opens by its module.
             by_id = any(site.split(":")[0] == tag.module for site in selector.sites)
             if by_id or (not selector.sites and any(selector.matches(site) for site in candidates)):
-                expand(program.module, node, attention)
+                expand(program.module, node, _like(node), traces)

@@ -76,7 +76,8 @@ class InsertNoise(Pass):
             anchor = nodes[site.id]
             value = tensor_value(anchor)
             assert value is not None  # a site is a node with one tensor
-            stem = "noise_" + "".join(c if c.isalnum() else "_" for c in site.id)
+            # The key tells apart ids that differ in punctuation only.
+            stem = f"noise_{''.join(c if c.isalnum() else '_' for c in site.id)}_{site_key(site.id) & 0xFFFF:04x}"
             level = buffer(f"{stem}_level", torch.tensor([forward, backward]), site.id)
             key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
             hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)

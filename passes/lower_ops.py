@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from aqnfx.errors import PassError
-from aqnfx.graph.expand import expand
+from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
 from aqnfx.numerics.noise import noise_reference
 from aqnfx.numerics.ops import count_reference
@@ -27,14 +27,14 @@ class LowerOps(Pass):
 
     def run(self, program: Program) -> None:
         """Expand every node; a program without any is an error, since the pass was asked for."""
-        lowered = 0
+        lowered, traces = 0, Traces()
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aqnfx.noise.default:
                 node.args = (*node.args[:8], *_defaults(node.args))
-                expand(program.module, node, noise_reference)
+                expand(program.module, node, noise_reference, traces)
                 lowered += 1
             elif node.target is torch.ops.aqnfx.count.default:
-                expand(program.module, node, count_reference)
+                expand(program.module, node, count_reference, traces)
         if not lowered:
             raise PassError("lower-ops found no aqnfx operations; run insert-noise first")
 

@@ -51,7 +51,7 @@ def main() -> None:
         if len(sys.argv) <= 1:  # no command: the help, not a complaint
             error.show()
         else:
-            print(f"aqnfx: {' '.join(error.format_message().split())}; see aqnfx --help", file=sys.stderr)
+            print(f"aqnfx: {' '.join(error.format_message().split()).rstrip('.')}; see aqnfx --help", file=sys.stderr)
         sys.exit(error.exit_code)
     except AqnfxError as error:
         if os.environ.get("AQNFX_DEBUG"):

@@ -27,15 +27,15 @@ def run_session(
     """
     if not data.exists():
         raise InputError(f"data file {data} does not exist")
+    journal = out / JOURNAL
+    if journal.exists() and not (resume or fresh):
+        raise InputError(f"{out} holds an unfinished run; add --resume to continue it, or choose another --out")
+    if resume and not journal.exists():
+        raise InputError(f"{out} holds no unfinished run to resume; run without --resume")
     made = [p for p in (out, *out.parents) if not p.exists()]
     directory = check_output_dir(out)
-    journal = directory / JOURNAL
     if fresh:
         journal.unlink(missing_ok=True)
-    if journal.exists() and not resume:
-        raise InputError(f"{directory} holds an unfinished run; add --resume to continue it, or choose another --out")
-    if resume and not journal.exists():
-        raise InputError(f"{directory} holds no unfinished run to resume; run without --resume")
     from aqnfx.diagnosis.diagnose import diagnose
     from aqnfx.reporting.console import print_summary
     from aqnfx.reporting.report import save_report

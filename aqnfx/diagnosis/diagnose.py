@@ -122,6 +122,7 @@ def run(
     """Do the measuring part of :func:`diagnose` and return the raw scores."""
     tell = status or (lambda _text: None)
     selector = Selector.parse(options.where)  # before the slow part, so that a typing error costs nothing
+    _check_device(options.device)
     tell("loading the model")
     name = str(model) if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "")
     if isinstance(model, (str, Path)):
@@ -184,6 +185,13 @@ def run(
     finally:
         if keep is not None:
             keep.__exit__(None, None, None)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _named(name: str) -> str:

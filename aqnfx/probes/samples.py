@@ -58,13 +58,13 @@ def load_samples(
             encoded = encode(examples, tokenizer, max_length=max_length, pack=join)
         if task == "exact_match":
             encoded = tuple(e for e in encoded if e.answer is not None)
-            if not encoded:
-                raise InputError(
-                    f"task exact_match needs records with question and answer that fit into {max_length} tokens; found none"
-                )
         if len(encoded) >= samples or len(examples) < limit:
             break
         limit *= 2
+    if not encoded:
+        raise InputError(
+            f"task exact_match needs records with question and answer that fit into {max_length} tokens; found none"
+        )
     notes += [str(w.message) for w in caught]
     return encoded[:samples], tuple(notes)
 

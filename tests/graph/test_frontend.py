@@ -64,7 +64,7 @@ def test_exported_program_and_pt2(tmp_path):
     loaded = aqnfx.trace(path, allow_unsafe_pt2=True)
     assert torch.equal(loaded(x), model(x))
     assert loaded.fingerprint == program.fingerprint
-    with pytest.raises(ModelError, match="nothing.pt2 does not exist"):
+    with pytest.raises(ModelError, match=r"nothing.pt2 does not exist"):
         aqnfx.trace(tmp_path / "nothing.pt2", allow_unsafe_pt2=True)
     (tmp_path / "broken.pt2").write_bytes(b"not a zip")
     with pytest.raises(ModelError, match=r"cannot load .*broken\.pt2"):
@@ -107,9 +107,9 @@ def test_models_that_cannot_be_traced():
         def forward(self, x: Tensor) -> Tensor:
             return x + 1 if x.sum() > 0 else x - 1
 
-    with pytest.raises(TraceError, match="cannot make example inputs for Tiny .* pass inputs="):
+    with pytest.raises(TraceError, match=r"cannot make example inputs for Tiny .* pass inputs="):
         aqnfx.trace(Tiny())
-    with pytest.raises(TraceError, match="could not trace Branches: .*data-dependent Python"):
+    with pytest.raises(TraceError, match=r"could not trace Branches: .*data-dependent Python"):
         aqnfx.trace(Branches(), ((torch.randn(2, 2),), {}))
     with pytest.raises(TraceError, match="sequence length 500 asked; the model takes at most 128 positions"):
         aqnfx.trace(build("llama"), sequence_length=500)

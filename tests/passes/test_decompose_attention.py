@@ -45,11 +45,7 @@ def test_close_to_the_fused_kernel(options, keys):
         assert torch.equal(found[0, :, 3], torch.zeros(4, 8))
 
 
-# Functionalised programs (t5, falcon, mixtral) hold views that rely on the memory layout of the fused result.
-_VIEWS = pytest.mark.xfail(reason="until decompose-attention keeps the strides of the fused node", raises=RuntimeError)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("t5", marks=_VIEWS), "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "falcon", "bert"])
 def test_model_with_opened_attention(family):
     program = Pipeline.parse("tag-layers")(aqnfx.trace(build(family)))
     opened = Pipeline.parse("decompose-attention,tag-ops")(program)

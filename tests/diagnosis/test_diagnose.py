@@ -1,0 +1,152 @@
+"""diagnose(): the same answer by every way in, and clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import aqnfx
+from aqnfx.diagnosis.diagnose import Options, run
+from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
+from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
+from tests.families import build
+
+QUICK: dict[str, Any] = {
+    "samples": 4, "seeds": 2, "levels": (0.1, 0.3), "max_length": 24, "window": 2, "ops": "linear", "compile": "no",
+    "batch_size": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "qwen2", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def record(directory: Path) -> dict[str, Any]:
+    return scores(aqnfx.diagnose(directory, TEXT * 2, **QUICK))
+
+
+def scores(smap: Any) -> dict[str, Any]:
+    """Return what was measured, without what names the model."""
+    found: dict[str, Any] = smap.to_record()
+    del found["provenance"], found["model"]["name"]
+    return found
+
+
+def test_every_way_in_gives_the_same_map(directory: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    module: Any = aqnfx.graph.frontend.load_model(str(directory))
+    program = aqnfx.trace(module)
+    file = save_text(tmp_path / "t.jsonl", copies=2)
+    assert scores(aqnfx.diagnose(str(directory), file, **QUICK)) == record
+    assert scores(aqnfx.diagnose(module, str(file), **QUICK)) == record
+    assert scores(aqnfx.diagnose(program, TEXT * 2, tokenizer=tokenizer(), **QUICK)) == record
+    assert not module.training
+
+
+def test_scores_do_not_depend_on_the_batch_size(directory: Path) -> None:
+    small, large = (run(directory, TEXT, Options(**{**QUICK, "batch_size": size})) for size in (1, 32))
+    np.testing.assert_allclose(small.scores["kl"], large.scores["kl"], rtol=5e-3)
+
+
+def test_more_seeds_keep_the_scores_of_the_first(directory: Path) -> None:
+    few, more, later = (run(directory, TEXT, Options(**QUICK, seed=s) if n == 2 else Options(**{**QUICK, "seeds": n}))
+                        for n, s in ((2, 0), (3, 0), (2, 1)))  # fmt: skip
+    assert np.array_equal(more.scores["kl"][:, :, :2], few.scores["kl"])
+    assert np.array_equal(more.scores["kl"][:, :, 1:], later.scores["kl"])
+
+
+def test_status_progress_and_provenance(directory: Path) -> None:
+    told: list[str] = []
+    seen: list[tuple[int, int]] = []
+    found = run(directory, TEXT, Options(**QUICK), status=told.append, progress=lambda *at: seen.append(at))
+    assert told[0] == "loading the model"
+    assert told[-1] == "measuring"
+    assert seen[-1] == (len(seen), len(seen))
+    facts = found.provenance
+    assert facts["model"]["name"] == directory.name
+    assert facts["data"]["path"] == "(values)"
+    assert facts["data"]["samples"] == 4
+    assert facts["compile"] == "none"
+    assert facts["pipeline"].startswith("tag-layers,decompose-attention")
+    assert len(facts["model"]["digest"]) == 64
+
+
+def test_a_journal_belongs_to_its_model_data_and_options(directory: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    journal = tmp_path / "j"
+    assert scores(aqnfx.diagnose(directory, TEXT * 2, journal=journal, **QUICK)) == record
+    assert scores(aqnfx.diagnose(directory, TEXT * 2, journal=journal, **QUICK)) == record
+    other = save_model(tmp_path / "other", "qwen2", num_hidden_layers=2, rope_theta=5000.0)
+    changed = build("qwen2", num_hidden_layers=2)
+    changed.model.norm.weight.data[0] = 2.0  # type: ignore[union-attr, index, operator]
+    for model, data, options, field in (
+        (directory, TEXT[::-1], {}, "data"),
+        (directory, TEXT * 2, {"levels": (0.1, 0.2)}, "levels"),
+        (directory, TEXT * 2, {"seed": 3}, "seeds"),
+        (directory, TEXT * 2, {"noise": "uniform"}, "pipeline"),
+        (directory, TEXT * 2, {"window": 1}, "probes"),
+        (directory, TEXT * 2, {"batch_size": 3}, "batch_size"),
+        (directory, TEXT * 2, {"task": "nll"}, "task"),
+        (changed, TEXT * 2, {}, "model"),
+    ):
+        with pytest.raises(ArtifactError, match=f"another run: {field} was"):
+            aqnfx.diagnose(model, data, journal=journal, tokenizer=tokenizer(), **(QUICK | options))
+    with pytest.raises(ArtifactError, match="another run"):  # equal weights, another computation
+        aqnfx.diagnose(other, TEXT * 2, journal=journal, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"compile": "maybe"}, InputError, "compile 'maybe'"),
+        ({"levels": ()}, InputError, "levels are empty"),
+        ({"samples": 0}, InputError, "samples 0"),
+        ({"seeds": -1}, InputError, "seeds -1"),
+        ({"ops": "linaer"}, SelectorError, "did you mean 'linear'"),
+        ({"layers": "9"}, SelectorError, "9"),
+        ({"device": "warp"}, InputError, "device 'warp' cannot be used"),
+        ({"max_length": 1000}, InputError, "at most 128"),
+        ({"task": "exact_match"}, InputError, "exact_match"),
+    ],
+)
+def test_bad_options(directory: Path, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        aqnfx.diagnose(directory, TEXT, **(QUICK | options))
+
+
+def test_a_model_without_a_name_needs_a_tokenizer() -> None:
+    model = build("qwen2", num_hidden_layers=2)
+    with pytest.raises(InputError, match="pass tokenizer="):
+        aqnfx.diagnose(model, TEXT, **QUICK)
+    assert aqnfx.diagnose(model, TEXT, tokenizer=tokenizer(), **QUICK).per_layer.keys() == {"0", "1"}
+
+
+def test_base_level_defaults_to_the_middle_level() -> None:
+    assert Options(levels=(0.3, 0.1, 0.2)).base == 0.2
+    assert Options(levels=(0.3, 0.1)).base == 0.3
+    assert Options(levels=(0.3, 0.1), base_level=0.1).base == 0.1
+
+
+def test_a_model_that_sees_later_tokens_is_told_so() -> None:
+    model = build("bert", num_hidden_layers=2)
+    with pytest.raises(ModelError, match="causal"):
+        aqnfx.diagnose(model, TEXT, tokenizer=tokenizer(), **(QUICK | {"task": "nll"}))
+
+
+# --- the package's own names ------------------------------------------------------------------------------------------
+
+
+def test_public_names() -> None:
+    for name, module in aqnfx._LAZY.items():
+        value = getattr(aqnfx, name)
+        assert value.__name__ == name
+        assert value.__module__.startswith(module)
+        assert name in dir(aqnfx)
+    assert issubclass(NotYetError, aqnfx.AqnfxError)
+    assert aqnfx.relative_degradation(0.8, 0.6) == pytest.approx(0.25)
+    assert aqnfx.noise_tolerance_index(0.25) == pytest.approx(4.0)
+    with pytest.raises(AttributeError, match="no attribute 'diagnos'"):
+        aqnfx.diagnos  # noqa: B018
