@@ -17,7 +17,7 @@ from aqnfx.diagnosis.interpret import interpret
 from aqnfx.graph.frontend import load_model
 from aqnfx.probes.samples import load_samples, load_tokenizer
 
-LEVEL, SAMPLES, LENGTH, SEEDS, SITES = 0.1, 16, 64, 4, 8
+LEVEL, SAMPLES, LENGTH, SEEDS, SITES = 0.1, 16, 64, 3, 8
 
 
 def hooked_kl(model: Any, modules: list[str], ids: torch.Tensor, scale: float, seed: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import aqnfx
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError, ModelError
-from aqnfx.graph.frontend import load_model, model_digest, trace
+from aqnfx.graph.frontend import EMBEDDED, load_model, model_digest, trace
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
@@ -96,7 +96,7 @@ def diagnose(
     status: Any = None,
     **options: Any,
 ) -> SensitivityMap:
-    """Measure what noise does to a causal language model and return its sensitivity map.
+    """Measure what noise does to a language model and return its sensitivity map.
 
     ``model`` is what :func:`aqnfx.trace` takes, or a Program; ``data`` a JSON-lines, parquet or text file, or a
     sequence of texts or records. ``tokenizer`` defaults to the one saved with the model. ``journal`` is a file that
@@ -124,7 +124,7 @@ def run(
     selector = Selector.parse(options.where)  # before the slow part, so that a typing error costs nothing
     _check_device(options.device)
     tell("loading the model")
-    name = str(model) if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "")
+    name = str(model) if isinstance(model, (str, Path)) else _origin(model)
     if isinstance(model, (str, Path)):
         model = load_model(str(model), device=options.device)
     tell("reading the data")
@@ -167,7 +167,7 @@ def run(
     tell("compiling" if graph or kernel else "measuring")
     forward: Forward = compiled_forward(noisy) if graph else eager_forward(noisy)
     identity = _identity(noisy, encoded, sweep, options) | {"compile": compiled}
-    source = {k: v for k, v in noisy.source.items() if k != "trace_seconds"}
+    source = {k: v for k, v in noisy.source.items() if k not in ("trace_seconds", "origin")}
     facts = identity["versions"] | {
         "device": options.device, "dtype": noisy.source.get("dtype"), "threads": torch.get_num_threads(),
         "platform": platform.machine(), "trace_seconds": noisy.source.get("trace_seconds"),
@@ -194,9 +194,19 @@ def _check_device(device: str) -> None:
         raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def _origin(model: nn.Module | Program) -> str:
+    """Return where a model came from, to find its tokenizer by; empty for a model that was made in memory."""
+    if not isinstance(model, Program):
+        return str(getattr(model, "name_or_path", ""))
+    origin = str(model.source.get("origin", ""))
+    return origin if origin == EMBEDDED or "/" in origin or Path(origin).is_dir() else ""
+
+
 def _named(name: str) -> str:
     if not name:
-        raise InputError("the model has no name_or_path to find its tokenizer by; pass tokenizer=")
+        raise InputError(
+            "the model does not say where it was loaded from, so its tokenizer cannot be found; pass tokenizer="
+        )
     return name
 
 

@@ -211,6 +211,8 @@ class Program:
 
         saved = self.controls.state()
         try:
+            if where is not None and settings.keys() & {"layers", "ops", "modules", "sites"}:
+                raise InputError("choose the sites by where= or by layers=, ops=, modules=, sites=, not by both")
             selector = Selector.parse(where) if where else None
             select_controls(self, selector, **settings)
             yield

@@ -16,7 +16,7 @@ from aqnfx.reporting.summary import model_name, summary_sentences
 from aqnfx.reporting.text import factor, nats, percent, percent_range, window_name
 
 MAX_LAYERS = 40
-BAR = 10
+BAR = 8
 HEAT = {"avalanche": "bold red", "high": "red", "moderate": "yellow", "robust": "green", "undefined": "dim"}
 CLASS = {"critical": "bold red", "moderate": "yellow", "robust": "green"}
 PRIORITY = {1: "bold red", 2: "yellow", 3: "green", 4: "cyan"}
@@ -46,7 +46,7 @@ def _ranking(smap: SensitivityMap, name: str, title: str, console: Console) -> T
     if not rows:
         return None
     grid = _table(f"{title}s, degradation at {smap.base_level:g} (~ tied with the next, * not shown to differ from 0)")
-    grid.add_column(title, overflow="fold", ratio=1)
+    grid.add_column(title, overflow="fold", ratio=1, min_width=12)
     grid.add_column("", no_wrap=True)
     for heading in ("Lost", "Interval", "KL", "Score"):
         grid.add_column(heading, justify="right", no_wrap=True)

@@ -25,7 +25,7 @@ def structure_record(program: Program) -> dict[str, Any]:
     outside = collections.Counter(s.region for s in groups.get(None, []))
     return {
         "schema": "aqnfx.structure/1",
-        "model": dict(program.source),
+        "model": {k: v for k, v in program.source.items() if k != "origin"},
         "trace_seconds": program.source.get("trace_seconds"),
         "fingerprint": program.original,
         "stacks": sorted({stack for stack, _ in program.layers}),

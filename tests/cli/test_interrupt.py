@@ -20,7 +20,9 @@ from tests.cli.conftest import Aqnfx, Place
 
 SEEDS = 50
 # A shell that runs the tests in the background may have switched SIGINT off for its children.
-START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from aqnfx.cli.main import main; main()"
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from aqnfx.cli.main import main; main()"
+)
 
 
 def options(place: Place, out: Path) -> list[str]:
@@ -41,7 +43,11 @@ def test_ctrl_c_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
     command = options(place, out)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", START, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", START, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     journal, deadline = out / "journal.jsonl", time.monotonic() + 120
     try:
@@ -145,7 +151,15 @@ def test_an_interrupted_demo_does_not_speak_of_resuming(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupt(monkeypatch, after=9)
-    values = {"levels": (0.1,), "samples": 2, "seeds": 2, "compile": "no", "ops": "linear", "max_length": 24, "window": 2}
+    values = {
+        "levels": (0.1,),
+        "samples": 2,
+        "seeds": 2,
+        "compile": "no",
+        "ops": "linear",
+        "max_length": 24,
+        "window": 2,
+    }
     with pytest.raises(typer.Exit) as ended:
         run_session(str(place.model), place.data, values, out=tmp_path, resume=False, json_output=True, fresh=True)
     assert ended.value.exit_code == 130

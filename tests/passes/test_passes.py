@@ -230,9 +230,10 @@ def test_insert_noise_golden():
     lines = noisy.render(tags=True).splitlines()
     assert lines[2:5] == [
         "%2 = aten.linear(%x, @up.weight, @up.bias)  # up:linear:0",
-        "%3 = aqnfx.noise(%2, @aqnfx_noise_up_linear_0_level, @aqnfx_noise_up_linear_0_key, @aqnfx_noise_run, "
-        "@aqnfx_noise_up_linear_0_channels, @aqnfx_columns_6, %1, 'relative_gaussian', -1)  # insert-noise at up:linear:0",
-        "%4 = aqnfx.count(@aqnfx_noise_up_linear_0_level, @aqnfx_noise_up_linear_0_hits)  # insert-noise at up:linear:0",
+        "%3 = aqnfx.noise(%2, @aqnfx_noise_up_linear_0_1c35_level, @aqnfx_noise_up_linear_0_1c35_key, @aqnfx_noise_run, "
+        "@aqnfx_noise_up_linear_0_1c35_channels, @aqnfx_columns_6, %1, 'relative_gaussian', -1)  # insert-noise at up:linear:0",
+        "%4 = aqnfx.count(@aqnfx_noise_up_linear_0_1c35_level, @aqnfx_noise_up_linear_0_1c35_hits)"
+        "  # insert-noise at up:linear:0",
     ]
 
 

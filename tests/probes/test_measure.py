@@ -117,7 +117,9 @@ def test_a_site_has_the_same_noise_in_every_configuration(program: Program) -> N
         assert np.array_equal(scores[0], scores[2])
     kl = found.scores["kl"]
     assert (kl[:, :, 0] != kl[:, :, 1]).all()  # seeds differ
-    alone = measure(program, eager_forward(program), batches(), sweep((one,), levels=(0.3,), seeds=(7,), base_level=0.3))
+    alone = measure(
+        program, eager_forward(program), batches(), sweep((one,), levels=(0.3,), seeds=(7,), base_level=0.3)
+    )
     assert np.array_equal(alone.scores["kl"][0, 0, 0], kl[0, 1, 1])
 
 
@@ -156,7 +158,9 @@ def test_exact_match_is_scored_where_the_data_has_answers(program: Program) -> N
 
 def test_progress_counts_to_the_end(program: Program) -> None:
     seen: list[tuple[int, int]] = []
-    measure(program, eager_forward(program), batches(), sweep(), progress=lambda done, total: seen.append((done, total)))
+    measure(
+        program, eager_forward(program), batches(), sweep(), progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(i + 1, 36) for i in range(36)]
 
 
@@ -370,7 +374,9 @@ def test_a_finished_journal_needs_only_the_clean_runs(program: Program, whole: M
     assert counted.calls == 3
 
 
-def test_a_resumed_run_checks_its_probes_again(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_checks_its_probes_again(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Journal(tmp_path / "j", IDENTITY) as journal:
         measure(program, Counted(program), batches(), sweep(), journal=journal, progress=interrupt_at(13))
     monkeypatch.setattr(NoiseControls, "set_level", lambda *_a, **_k: None)

@@ -60,7 +60,9 @@ def test_sites_of_probes_partition_the_selection() -> None:
             assert {str(by_id[s].layer) for s in probe.sites} == set(probe.layers)
     selected = {s.id for s in Selector.parse("ops:extended").select(found)}
     assert {s for p in probes if p.kind == "operator" for s in p.sites} == selected
-    assert {s for p in probes if p.kind == "layer" for s in p.sites} == {s for s in selected if by_id[s].layer is not None}
+    assert {s for p in probes if p.kind == "layer" for s in p.sites} == {
+        s for s in selected if by_id[s].layer is not None
+    }
     window = next(p for p in probes if p.key == "1-3")
     assert set(window.sites) == {s for p in probes if p.kind == "layer" and p.key in "123" for s in p.sites}
 
