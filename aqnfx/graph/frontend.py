@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from aqnfx.data import embedded_model
 from aqnfx.errors import InputError, ModelError, TraceError
+from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.inputs import default_shapes, example_inputs
 from aqnfx.graph.normalize import is_mutable, normalize_graph
 from aqnfx.graph.program import Program, Signature
@@ -179,9 +180,15 @@ def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
 
 
 def model_digest(program: Program) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and bytes of all parameters."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of the model's parameters and buffers.
+
+    Buffers count because a model may compute them from its config alone (the base of rotary positions); those of
+    passes do not.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(program.module.named_parameters(remove_duplicate=False)):
-        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    buffers = program.module.named_buffers(remove_duplicate=False)
+    own = [(name, value) for name, value in buffers if not name.startswith(BUFFER_PREFIX)]
+    for name, value in sorted([*program.module.named_parameters(remove_duplicate=False), *own], key=lambda x: x[0]):
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

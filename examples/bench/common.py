@@ -16,16 +16,25 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
-    """Return seconds per call and round: every round runs each contender once, so that all see the same machine."""
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, calls: int = 1
+) -> dict[str, list[float]]:
+    """Return seconds per call and round: every round runs each contender in turn, so that all see the same machine.
+
+    With ``calls`` above 1 a turn is one call that is not timed, so that memory and threads are as in steady use, and then
+    the mean of ``calls``.
+    """
     for call in contenders.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            if calls > 1:
+                call()
             started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
+            for _ in range(calls):
+                call()
+            seconds[name].append((time.perf_counter() - started) / calls)
     return seconds
 
 

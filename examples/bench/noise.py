@@ -1,6 +1,6 @@
 """Samples per second of aqnfx's noise against the usual y + level * |y| * randn_like(y), side by side.
 
-    python examples/bench/noise.py [--rounds 30] [--out FILE]
+    python examples/bench/noise.py [--rounds 15] [--out FILE]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def randn_like(x: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
     level, key = torch.tensor([LEVEL, 0.0]), torch.tensor([12345], dtype=torch.int32)
@@ -52,7 +52,7 @@ def main() -> None:
                 "aqnfx kernel": lambda x=x, a=fixed: torch.ops.aqnfx.noise(x, *a, True),
                 "aqnfx inlined": lambda x=x, a=fixed, f=inlined: f(x, *a),
             }
-            seconds = interleaved(calls, rounds=arguments.rounds)
+            seconds = interleaved(calls, rounds=arguments.rounds, calls=10)
             row: dict[str, Any] = {"shape": list(shape), "compile_s": {"kernel": kernel_compile, "inlined": inlined_compile}}
             row["samples_per_s"] = {name: x.numel() / statistics.median(s) for name, s in seconds.items()}
             row["speed_against_randn_like_eager"] = {

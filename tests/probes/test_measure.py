@@ -240,7 +240,7 @@ def test_no_samples_is_an_error(program: Program) -> None:
 
 def test_other_inputs_than_a_language_model_has_are_an_error() -> None:
     found = aqnfx.trace(torch.nn.Linear(3, 2), ((torch.randn(4, 3),), {}))
-    with pytest.raises(ModelError, match="needs a causal language model"):
+    with pytest.raises(ModelError, match="needs a language model"):
         eager_forward(found)
 
 
