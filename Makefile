@@ -1,5 +1,4 @@
 # Each target does all of its own set-up: Python >= 3.11 and make are enough. A second run skips the installation.
-# CPU-only PyTorch on Linux: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
