@@ -50,7 +50,7 @@ def noise(record: dict[str, Any]) -> str:
 def sweep(record: dict[str, Any]) -> str:
     forward, whole = record["forward"], record["sweep"]
     lines = [
-        "## Sweeps and compiled graphs: `python examples/bench/sweep.py --lowered`",
+        "## Sweeps and compiled graphs: `python examples/bench/sweep.py`",
         "",
         described(record) + f" Embedded model, {record['samples']} samples of {record['length']} tokens.",
         "",

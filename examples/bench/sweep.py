@@ -87,7 +87,7 @@ def sweep_times(arguments: argparse.Namespace, batches: list[Batch], program: Pr
         "aqnfx eager, noise kernel": engine(kernel, eager_forward(kernel)),
         "aqnfx compiled graph": engine(kernel, graph_forward),
     }
-    seconds = interleaved(contenders, rounds=max(1, arguments.rounds // 3))
+    seconds = interleaved(contenders, rounds=max(1, arguments.rounds // 5))
     runs = len(probes) * len(levels) * arguments.seeds * len(batches)
     print(f"layer x level sweep: {runs} noisy runs")
     speed = {}
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lowered", action="store_true")
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
