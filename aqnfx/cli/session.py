@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aqnfx.errors import AqnfxError, InputError, Interrupted
+from aqnfx.errors import InputError, Interrupted
 from aqnfx.reporting.artifacts import check_output_dir
 
 JOURNAL = "journal.jsonl"
@@ -57,7 +57,7 @@ def run_session(
                 model, data, journal=journal, progress=progress,
                 status=lambda text: bar.update(task, description=text), **options,
             )  # fmt: skip
-        except (AqnfxError, KeyboardInterrupt) as error:
+        except BaseException as error:  # a failure of any kind leaves no journal without finished work
             _leave_nothing(None if resume else journal, made)
             if isinstance(error, Interrupted) and journal.exists() and not fresh:
                 raise Interrupted(f"{error}; --resume with the same options continues") from error

@@ -230,6 +230,8 @@ def _samples(
     answers = all(e.answer is not None for e in encoded)
     task = options.task or ("exact_match" if answers else "kl")
     accuracy_like(task, answers)
+    if options.task is None and not answers and any(e.answer is not None for e in encoded):
+        notes = (*notes, "some samples have no whole answer, so the task is kl; ask for exact_match to leave them out")
     return encoded, notes, task
 
 

@@ -139,8 +139,8 @@ def _baseline(m: Measurements, options: Options) -> dict[str, Any]:
 
 
 def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
-    """Say in words what a reader of the numbers has to know."""
-    notes = []
+    """Say in words what a reader of the numbers has to know, first what the run itself noted."""
+    notes = [str(note) for note in m.provenance.get("notes", ())]
     if not m.complete:
         notes.append(
             f"Partial run: {m.samples} of {m.samples_requested} samples were finished; every number rests on those."

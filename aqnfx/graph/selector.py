@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqnfx.errors import SelectorError, nearest
+from aqnfx.graph.controls import Phases
 from aqnfx.graph.opkinds import OP_SETS, OpKind
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import REGIONS, Site
@@ -150,7 +151,7 @@ def select_controls(
     sites: Iterable[str] | str | None = None,
     level: float | None = None,
     channels: Any = None,
-    phases: Any = "forward",
+    phases: Phases | None = None,
     seed: int | None = None,
     step: int | None = None,
     row_offset: int | None = None,
@@ -170,10 +171,10 @@ def select_controls(
         if site not in chosen:
             controls.set_level(site, 0.0)
             continue
-        if level is not None:
-            controls.set_level(site, level, phases)
-        elif phases != "forward":
-            controls.set_level(site, float(control.level.max()), phases)
+        if level is not None or phases is not None:
+            forward, backward = (float(v) for v in control.level)
+            on: Phases = "both" if forward and backward else "backward" if backward else "forward"
+            controls.set_level(site, max(forward, backward) if level is None else level, phases or on)
         if channels is not None:
             controls.set_channels(site, channels)
     controls.set_run(seed=seed, step=step, row_offset=row_offset)

@@ -89,8 +89,8 @@ def _forward(program: Program, call: Callable[..., Any]) -> Forward:
 def is_causal(program: Program, tokens: Sequence[int]) -> bool:
     """Return whether the logits at the first position stay the same when every later token changes."""
     ids = torch.tensor([tokens, tokens], device=next(program.module.parameters()).device)
-    ids[1, 1:] = ids[1, 1:].flip(0).roll(1)
-    ids[1, 1:] = torch.where(ids[1, 1:] == ids[0, 1:], ids[0, 0], ids[1, 1:])
+    # 0 and 1 are in every vocabulary, so every later token can be changed to one that differs.
+    ids[1, 1:] = (ids[0, 1:] == 0).to(ids.dtype)
     empty = torch.zeros(2, len(tokens) - 1, dtype=torch.bool)
     batch = Batch(
         row_offset=0, size=2, input_ids=ids, attention_mask=torch.ones_like(ids), score_mask=empty, answer_mask=None

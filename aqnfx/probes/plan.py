@@ -77,10 +77,13 @@ def _by_layer(program: Program, sites: Sequence[Site]) -> list[dict[str, tuple[s
 
 
 def _windows(stack: dict[str, tuple[str, ...]], window: int, step: int) -> list[Probe]:
+    """Return the windows of consecutive layers; a selection with gaps has none across a gap."""
     labels = list(stack)
     probes = []
     for start in range(0, len(labels) - window + 1, step):
         chosen = tuple(labels[start : start + window])
-        ids = tuple(site for label in chosen for site in stack[label])
-        probes.append(Probe(kind="window", key=f"{chosen[0]}-{chosen[-1]}", sites=ids, layers=chosen))
+        first, last = (int(label.rpartition(":")[2]) for label in (chosen[0], chosen[-1]))
+        if last - first == window - 1:
+            ids = tuple(site for label in chosen for site in stack[label])
+            probes.append(Probe(kind="window", key=f"{chosen[0]}-{chosen[-1]}", sites=ids, layers=chosen))
     return probes
