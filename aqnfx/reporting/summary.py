@@ -65,7 +65,8 @@ def _most_sensitive(smap: SensitivityMap, one: str, many: str, rows: list[dict[s
     text = f"The most sensitive {one} is {_entry_text(rows[0])}, class {rows[0]['class']}"
     if len(rows) == 1:
         return [f"{text}; it is the only {one} measured."]
-    tied = [row["key"] for row in rows[1:] if row["tied_with_first"]]
+    # The first two are compared in both families of tests; a tie in either is a tie, as the table marks it.
+    tied = [r["key"] for place, r in enumerate(rows[1:]) if r["tied_with_first"] or (place == 0 and rows[0]["tied_with_next"])]
     if tied:
         return [f"{text}; it is not distinguishable from {names(tied)}."]
     return [f"{text}; it is distinguishable from all other {many}, next is {rows[1]['key']}."]
