@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
+import aqnfx.numerics.ops  # noqa: F401  (registers aqnfx::noise)
 from aqnfx.errors import PassError
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
@@ -83,13 +85,16 @@ class InsertNoise(Pass):
             hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)
             mask = cols = None
             if value.dim() and isinstance(width := static_size(value.shape[self._dim(site.id, value)]), int):
-                mask = buffer(f"{stem}_channels", torch.ones(width, dtype=torch.bool), site.id)
+                mask = buffer(f"{stem}_channels", torch.ones(width), site.id)
             if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
                 cols = buffer(f"columns_{width}", columns(width), None)
             rows = _samples(value, batch)
             args: tuple[Any, ...] = (anchor, level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             options = {"inserted_by": self.name, "site": site.id}
-            args = (*args, 0, True) if self.compiled else args
+            # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not.
+            keep_zeros = site.op == OpKind.SOFTMAX
+            if keep_zeros or self.compiled:
+                args = (*args, 0, keep_zeros, self.compiled)
             noise = insert_after(anchor, torch.ops.aqnfx.noise.default, args, reroute=True, **options)
             insert_after(noise, torch.ops.aqnfx.count.default, (level, hits), reroute=False, **options)
 

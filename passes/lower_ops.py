@@ -30,7 +30,7 @@ class LowerOps(Pass):
         lowered, traces = 0, Traces()
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aqnfx.noise.default:
-                node.args = (*node.args[:8], *_defaults(node.args))
+                node.args = node.args[:11]  # all but "compiled", which says how and not what
                 expand(program.module, node, noise_reference, traces)
                 lowered += 1
             elif node.target is torch.ops.aqnfx.count.default:
@@ -38,7 +38,3 @@ class LowerOps(Pass):
         if not lowered:
             raise PassError("lower-ops found no aqnfx operations; run insert-noise first")
 
-
-def _defaults(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    given = args[8:10]
-    return (*given, *(-1, 0)[len(given) :])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
 from aqnfx.errors import InputError
+from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.tags import constant, get_tag
 
 Phases = Literal["forward", "backward", "both"]
@@ -19,7 +19,7 @@ Phases = Literal["forward", "backward", "both"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteControl:
-    """Buffers of one site: ``level`` fp32 (2,) forward and backward, ``channels`` bool mask or None, ``hits`` int64 (1,)."""
+    """Buffers of one site: ``level`` fp32 (2,) forward and backward, ``channels`` fp32 factor per channel or None, ``hits`` int64 (1,)."""
 
     level: Tensor
     channels: Tensor | None
@@ -35,22 +35,20 @@ class NoiseControls:
 
     @classmethod
     def of(cls, module: GraphModule) -> NoiseControls:
-        """Collect the buffers of every ``aqnfx::noise`` node of ``module``."""
-        hits: dict[str | None, Tensor] = {}
-        nodes = []
-        for node in module.graph.nodes:
-            if node.target is torch.ops.aqnfx.count.default:
-                hits[get_tag(node).site] = constant(module, node.args[1])
-            elif node.target is torch.ops.aqnfx.noise.default:
-                nodes.append(node)
-        sites = {}
+        """Collect the buffers that ``insert-noise`` registered on ``module``; they outlive ``lower-ops``."""
+        found: dict[str, dict[str, Tensor]] = {}
         run = torch.zeros(3, dtype=torch.int32)
-        for node in nodes:
-            site = str(get_tag(node).site)
-            _, level, _, run_node, channels = node.args[:5]
-            mask = None if channels is None else constant(module, channels)
-            sites[site] = SiteControl(level=constant(module, level), channels=mask, hits=hits.get(site))
-            run = constant(module, run_node)
+        for node in module.graph.nodes:
+            if node.op != "get_attr" or not str(node.target).startswith(f"{BUFFER_PREFIX}noise_"):
+                continue
+            if (site := get_tag(node).site) is None:
+                run = constant(module, node)
+            else:
+                found.setdefault(site, {})[str(node.target).rpartition("_")[2]] = constant(module, node)
+        sites = {
+            site: SiteControl(level=part["level"], channels=part.get("channels"), hits=part.get("hits"))
+            for site, part in found.items()
+        }
         return cls(run=run, sites=sites)
 
     def set_run(self, *, seed: int | None = None, step: int | None = None, row_offset: int | None = None) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aqnfx.numerics.noise import columns, noise_reference, perturb, row_keys
+from aqnfx.numerics.noise import columns, host_row_keys, perturb, row_keys, with_keys
 
 
 @functools.cache
-def _compiled_perturb() -> Callable[..., Tensor]:
-    """One Inductor kernel for (rows, channels): shapes are dynamic, so it compiles once per kind and dtype."""
-    return torch.compile(perturb, dynamic=True, fullgraph=True)
+def _compiled_perturb(variant: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """One Inductor kernel for (rows, channels) per variant (kind, dtype, …); shapes are dynamic.
+
+    A copy of the code object for each: Dynamo counts recompilations per code object and gives up after a few, and a
+    process that measures several models needs more than those few kernels.
+    """
+    copy = types.FunctionType(perturb.__code__.replace(), perturb.__globals__, "perturb", perturb.__defaults__)
+    return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
 def _rows_first(x: Tensor) -> list[int] | None:
@@ -27,23 +33,10 @@ def _rows_first(x: Tensor) -> list[int] | None:
     return [*order, x.dim() - 1] if x.permute([*order, x.dim() - 1]).is_contiguous() else None
 
 
-def _compiled_noise(
-    x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
-    batch: int, kind: str, phase: int, order: list[int],
-) -> Tensor:  # fmt: skip
-    keys = row_keys(tuple(x.shape), batch, key, run, phase).permute(order[:-1]).reshape(-1, 1)
-    flat = x.permute(order)
-    if cols is None:
-        cols = columns(x.shape[-1], x.device)
-    result = _compiled_perturb()(flat.reshape(-1, x.shape[-1]), level[phase], keys, cols, channels, kind)
-    inverse = sorted(range(x.dim()), key=order.__getitem__)
-    return result.reshape(flat.shape).permute(inverse)
-
-
 @torch.library.custom_op("aqnfx::noise", mutates_args=())
 def noise(
     x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
-    batch: int, kind: str, channel_dim: int = -1, phase: int = 0, compiled: bool = False,
+    batch: int, kind: str, channel_dim: int = -1, phase: int = 0, keep_zeros: bool = False, compiled: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return ``x`` with noise (see :func:`aqnfx.numerics.noise.noise_reference`), always a new tensor.
 
@@ -51,15 +44,21 @@ def noise(
     CPU a level of 0 costs a copy. To autograd the forward noise is an additive constant; the backward noise
     (``level[1]``) perturbs the gradient on its way back.
     """
-    if x.numel() == 0 or (level.device.type == "cpu" and float(level[phase]) == 0.0):
+    host = key.device.type == "cpu"
+    if x.numel() == 0 or (host and float(level[phase]) == 0.0):
         return x.clone()
-    if channels is not None and channels.device.type == "cpu" and bool(channels.all()):
-        channels = None  # the mask costs a third of the kernel's time
+    keys = (host_row_keys if host else row_keys)(tuple(x.shape), batch, key, run, phase)
     last = channels is None or channel_dim % x.dim() == x.dim() - 1
     order = _rows_first(x) if compiled and last else None
-    if order is not None:
-        return _compiled_noise(x, level, key, run, channels, cols, batch, kind, phase, order)
-    return noise_reference(x, level, key, run, channels, cols, batch, kind, channel_dim, phase)
+    if order is None:
+        return with_keys(x, level[phase], keys, channels, cols, kind, channel_dim, keep_zeros)
+    flat = x.detach().permute(order)  # Dynamo would compile again for a tensor that takes part in autograd
+    keys = keys.permute(order[:-1]).reshape(-1, 1)
+    if cols is None:
+        cols = columns(x.shape[-1], x.device)
+    kernel = _compiled_perturb((kind, keep_zeros, x.dtype, x.device, channels is None, torch.is_inference_mode_enabled()))
+    result = kernel(flat.reshape(-1, x.shape[-1]), level[phase], keys, cols, channels, kind, keep_zeros)
+    return result.reshape(flat.shape).permute(sorted(range(x.dim()), key=order.__getitem__))
 
 
 @noise.register_fake
@@ -68,15 +67,15 @@ def _(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, level, key, run, channels, cols, batch, kind, channel_dim, phase, compiled = inputs
+    _, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros, compiled = inputs
     # Controls may be set anew between forward and backward: the backward uses those of its own forward.
     ctx.save_for_backward(level.clone(), key, run.clone(), None if channels is None else channels.clone(), cols)
-    ctx.settings = (batch, kind, channel_dim, 1 - phase, compiled)
+    ctx.settings = (batch, kind, channel_dim, 1 - phase, keep_zeros, compiled)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     noised = torch.ops.aqnfx.noise(grad, *ctx.saved_tensors, *ctx.settings)
-    return (noised, *(None,) * 10)
+    return (noised, *(None,) * 11)
 
 
 noise.register_autograd(_backward, setup_context=_setup_context)

@@ -35,8 +35,8 @@ def main() -> None:
     with torch.no_grad():
         for shape in SHAPES:
             x = torch.randn(shape)
-            mask, cols = torch.ones(shape[-1], dtype=torch.bool), columns(shape[-1])
-            fixed: tuple[Any, ...] = (level, key, run, mask, cols, shape[0], "relative_gaussian", -1, 0)
+            mask, cols = torch.ones(shape[-1]), columns(shape[-1])
+            fixed: tuple[Any, ...] = (level, key, run, mask, cols, shape[0], "relative_gaussian", -1, 0, False)
             started = time.perf_counter()
             torch.ops.aqnfx.noise(x, *fixed, True)
             kernel_compile = time.perf_counter() - started
