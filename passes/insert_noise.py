@@ -124,13 +124,13 @@ def _batch_size(program: Program) -> Node | int:
 
 
 def _samples(value: torch.Tensor, batch: Node | int) -> Node | int:
-    """Return how many samples share the first dimension: the batch size where it divides it, else 1."""
+    """Return how many samples share the first dimension: the batch size where it divides it, else 0 (no samples)."""
     if value.dim() == 0:
-        return 1
+        return 0
     size, rows = batch.meta["val"] if isinstance(batch, Node) else batch, static_size(value.shape[0])
     if isinstance(rows, int):
-        return batch if isinstance(size, int) and size > 0 and rows % size == 0 else 1
+        return batch if isinstance(size, int) and size > 0 and rows % size == 0 else 0
     if isinstance(size, int):
-        return 1
+        return 0
     quotient = rows.node.expr / size.node.expr
-    return batch if quotient.is_integer else 1
+    return batch if quotient.is_integer else 0

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 
-from aqnfx.diagnosis.diagnose import Options, run
+from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.interpret import interpret
+from aqnfx.diagnosis.options import Options
 from aqnfx.graph.frontend import load_model
 from aqnfx.probes.samples import load_samples, load_tokenizer
 

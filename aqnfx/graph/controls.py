@@ -12,14 +12,17 @@ from torch.fx import GraphModule
 
 from aqnfx.errors import InputError
 from aqnfx.graph.edit import BUFFER_PREFIX
-from aqnfx.graph.tags import constant, get_tag
+from aqnfx.graph.tags import constant, get_tag, site_of
 
 Phases = Literal["forward", "backward", "both"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteControl:
-    """Buffers of one site: ``level`` fp32 (2,) forward and backward, ``channels`` fp32 factor per channel or None, ``hits`` int64 (1,)."""
+    """Buffers of one site.
+
+    ``level`` fp32 (2,): forward and backward; ``channels`` fp32: a factor per channel, or None; ``hits`` int64 (1,).
+    """
 
     level: Tensor
     channels: Tensor | None
@@ -45,9 +48,11 @@ class NoiseControls:
                 run = constant(module, node)
             else:
                 found.setdefault(site, {})[str(node.target).rpartition("_")[2]] = constant(module, node)
+        order = [known.id for node in module.graph.nodes if (known := site_of(node)) is not None]
         sites = {
             site: SiteControl(level=part["level"], channels=part.get("channels"), hits=part.get("hits"))
-            for site, part in found.items()
+            for site in dict.fromkeys([*order, *found])
+            if (part := found.get(site)) is not None
         }
         return cls(run=run, sites=sites)
 

@@ -56,7 +56,7 @@ def trace(
             model = load_model(name, dtype=dtype, device=device)
     else:
         name = getattr(model, "name_or_path", "") or type(model).__name__
-    source: dict[str, Any] = {"name": Path(name).name if Path(name).exists() else name, "origin": name}
+    source: dict[str, Any] = {"name": Path(name).resolve().name if Path(name).exists() else name, "origin": name}
     if isinstance(model, ExportedProgram):
         exported = model
     else:

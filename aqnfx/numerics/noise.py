@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -71,15 +72,17 @@ def row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase
 
     ``batch`` is the number of samples: where it divides ``shape[0]``, row ``r`` belongs to sample
     ``r // (shape[0] // batch)`` and the sample's number is that plus ``run[2]``; ``key`` int32 (1,) is the site's,
-    ``run`` int32 (3,) holds seed, step and row offset. ``phase`` is 0 forward, 1 backward.
+    ``run`` int32 (3,) holds seed, step and row offset. ``batch`` 0 says that the value belongs to no sample: the row
+    offset does not count. ``phase`` is 0 forward, 1 backward.
     """
     base = mix32(key ^ mix32(run[0:1] ^ mix32(run[1:2] + (GOLDEN ^ _PHASE_SALT[phase]))))
     if len(shape) < 2:
         return base
-    inner = shape[0] // batch
+    shared = isinstance(batch, int) and batch == 0
+    inner = shape[0] if shared else shape[0] // batch
     rows = torch.arange(shape[0], dtype=torch.int32, device=key.device)
     sample = rows // inner
-    keys = mix32(mix32((sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
+    keys = mix32(mix32((sample if shared else sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
     for size in shape[1:-1]:
         keys = mix32(keys.unsqueeze(-1) + (columns(size, key.device) + GOLDEN))
     return keys
@@ -89,7 +92,7 @@ def host_row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, 
     """Return :func:`row_keys` for CPU tensors by NumPy: a fifth of the time, because calls dominate at this size."""
     golden = np.uint32(GOLDEN & 0xFFFFFFFF)
 
-    def mix(x: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
+    def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
         x ^= x >> np.uint32(16)
         x *= np.uint32(_MIX_1 & 0xFFFFFFFF)
         x ^= x >> np.uint32(15)
@@ -97,12 +100,16 @@ def host_row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, 
         x ^= x >> np.uint32(16)
         return x
 
-    number, (seed, step, offset) = key.numpy().view(np.uint32), np.split(run.numpy().view(np.uint32), 3)
+    number: NDArray[np.uint32] = key.numpy().view(np.uint32)
+    seed, step, offset = np.split(run.numpy().view(np.uint32), 3)
     base = mix(number ^ mix(seed ^ mix(step + (golden ^ np.uint32(_PHASE_SALT[phase] & 0xFFFFFFFF)))))
     if len(shape) < 2:
         return torch.from_numpy(base.view(np.int32))
-    sample, row = np.divmod(np.arange(shape[0], dtype=np.uint32), np.uint32(shape[0] // batch))
-    keys = mix(mix((sample + offset) ^ base) + row * golden)
+    per_sample = np.uint32(shape[0] // batch if batch else shape[0])
+    sample, row = np.divmod(np.arange(shape[0], dtype=np.uint32), per_sample)
+    if batch:
+        sample += offset
+    keys: NDArray[np.uint32] = mix(mix(sample ^ base) + row.astype(np.uint32) * golden)
     for size in shape[1:-1]:
         keys = mix(keys[..., None] + np.arange(1, size + 1, dtype=np.uint32) * golden)
     return torch.from_numpy(keys.view(np.int32))

@@ -7,18 +7,46 @@ from collections.abc import Sequence
 
 import torch
 
+from aqnfx.errors import InputError
 from aqnfx.graph.program import Program
 from aqnfx.probes.data import Batch
-from aqnfx.probes.measure import Sweep, eager_forward
+from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.measure import Sweep
 
 # Measured on two cores: Inductor takes about 15 ms per graph node and gives back about a quarter of the run time;
 # the noise kernel alone compiles in about 20 s and is about ten times as fast as its operations one by one.
 _COMPILE_SECONDS_PER_NODE, _COMPILE_GAIN = 0.015, 0.25
 _KERNEL_SECONDS, _EAGER_NOISE_PER_SECOND = 20.0, 8e7
 
+# What is compiled, as artifacts say it -> (the graph, the noise kernel).
+COMPILED = {"none": (False, False), "noise kernel": (False, True), "graph": (True, True)}
+
+
+def compiler_problem(device: str) -> str | None:
+    """Return why Inductor cannot compile for ``device`` here, or None where it can."""
+    if torch.device(device).type != "cpu":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:  # InvalidCxxCompiler
+        return f"no C++ compiler was found ({str(error).splitlines()[0]})"
+    return None
+
 
 def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mode: str) -> tuple[bool, bool]:
-    """Return (compile the graph, compile the noise kernel): what was asked, or what pays for the projected work."""
+    """Return (compile the graph, compile the noise kernel): what was asked, or what pays for the projected work.
+
+    Where nothing can be compiled, "auto" compiles nothing and "yes" raises :class:`InputError`.
+    """
+    problem = compiler_problem(str(batches[0].input_ids.device)) if mode != "no" else None
+    if problem and mode == "yes":
+        raise InputError(f"compile yes was asked, but {problem}; install one, or use --compile no")
+    if problem:
+        return False, False
     if mode != "auto":
         return mode == "yes", mode == "yes"
     forward = eager_forward(program)

@@ -32,7 +32,7 @@ class Journal:
         self.path = path
         self.items: dict[Item, Scores] = {}
         try:
-            fresh = not path.exists() or not path.stat().st_size
+            fresh = not path.exists() or not path.stat().st_size or _torn_header(path)
             keep = 0 if fresh else self._read(identity)
             # Unbuffered: what a failed write leaves in a buffer would be written again when the file is closed.
             self._file = path.open("wb" if fresh else "r+b", buffering=0)
@@ -88,13 +88,17 @@ class Journal:
     def _cannot_write(self, error: OSError) -> InputError:
         return InputError(f"cannot write the journal {self.path}: {error.strerror or error}")
 
+    def close(self) -> None:
+        """Close the file; every finished item is on disk already."""
+        self._file.close()
+
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
 
 
 def recorded_identity(path: Path) -> dict[str, Any]:
@@ -105,6 +109,15 @@ def recorded_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return identity if isinstance(identity, dict) else {}
+
+
+def _torn_header(path: Path) -> bool:
+    """Return whether a file holds only the beginning of a first line: nothing was finished yet."""
+    content = path.read_bytes()
+    start = b'{"schema":"' + SCHEMA.encode()
+    digest, space, body = content[:16], content[16:17], content[17 : 17 + len(start)]
+    known = not digest.strip(b"0123456789abcdef") and space in (b"", b" ") and start.startswith(body)
+    return known and b"\n" not in content
 
 
 def _checked(line: bytes, key: str) -> dict[str, Any]:

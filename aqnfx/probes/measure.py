@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aqnfx.errors import InputError, Interrupted, ModelError, ProbeError
+from aqnfx.errors import InputError, Interrupted, ProbeError
 from aqnfx.graph.program import Program
 from aqnfx.probes.data import Batch
+from aqnfx.probes.forward import Forward
 from aqnfx.probes.journal import Item, Journal, Scores
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.tasks import Reference, reference, score
 
-Forward = Callable[[Batch], torch.Tensor]
 Progress = Callable[[int, int], None]
 
 
@@ -54,54 +53,6 @@ class Sweep:
     def size(self) -> int:
         """Noisy runs per batch."""
         return len(self.probes) * len(self.levels) * len(self.seeds)
-
-
-def eager_forward(program: Program) -> Forward:
-    """Return the function that runs the program's graph on a batch and returns its logits (batch, sequence, vocabulary)."""
-    return _forward(program, program)
-
-
-def compiled_forward(program: Program, **options: Any) -> Forward:
-    """Like :func:`eager_forward` through :meth:`Program.compile`; batches should all have one shape."""
-    return _forward(program, program.compile(**options))
-
-
-def _forward(program: Program, call: Callable[..., Any]) -> Forward:
-    names = program.signature.tensor_names
-    if "input_ids" not in names or any(n not in ("input_ids", "attention_mask") for n in names):
-        raise ModelError(
-            f"measuring needs a language model with the inputs input_ids and attention_mask; found {', '.join(names)}"
-        )
-
-    def forward(batch: Batch) -> torch.Tensor:
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        output = call(**{name: given[name] for name in names})
-        logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-            raise ModelError(
-                "measuring needs logits of shape (batch, sequence, vocabulary); the model returns something else"
-            )
-        return logits
-
-    return forward
-
-
-def is_causal(program: Program, tokens: Sequence[int]) -> bool:
-    """Return whether the logits at the first position stay the same when every later token changes."""
-    ids = torch.tensor([tokens, tokens], device=next(program.module.parameters()).device)
-    # 0 and 1 are in every vocabulary, so every later token can be changed to one that differs.
-    ids[1, 1:] = (ids[0, 1:] == 0).to(ids.dtype)
-    empty = torch.zeros(2, len(tokens) - 1, dtype=torch.bool)
-    batch = Batch(
-        row_offset=0, size=2, input_ids=ids, attention_mask=torch.ones_like(ids), score_mask=empty, answer_mask=None
-    )
-    with torch.no_grad():
-        first = eager_forward(program)(batch)[:, 0]
-    scale = float(first[0].abs().max())
-    if not math.isfinite(scale):
-        return True  # nothing can be said; measuring names the samples whose logits are not finite
-    # Not bit for bit: routed experts round differently with other tokens in the batch.
-    return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * scale)
 
 
 @dataclass(slots=True)
@@ -181,8 +132,8 @@ def measure(
 ) -> Measurements:
     """Run the sweep over ``batches`` and return per-sample scores of the finished part.
 
-    ``program`` carries noise nodes at every site of every probe and ``forward`` runs it (:func:`eager_forward` or
-    :func:`compiled_forward`). The same seed gives the same noise at a site in every configuration (common random
+    ``program`` carries noise nodes at every site of every probe and ``forward`` runs it (one of
+    :mod:`aqnfx.probes.forward`). The same seed gives the same noise at a site in every configuration (common random
     numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items in
     ``journal`` are not run again. On ``KeyboardInterrupt`` the finished batches are returned with ``complete=False``
     (of a first batch, the probes that are finished on it); with nothing finished :class:`Interrupted` is raised.

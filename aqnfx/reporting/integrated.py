@@ -22,7 +22,7 @@ class IntegratedDiagnostic:
     """Diagnose a model on ``test_data``; what :func:`aqnfx.diagnose` does, with the result kept on the object.
 
     ``calibration_data`` is for the channel level, which this version does not have; ``options`` are further fields of
-    :class:`~aqnfx.diagnosis.diagnose.Options` and ``tokenizer``.
+    :class:`~aqnfx.diagnosis.options.Options` and ``tokenizer``.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class IntegratedDiagnostic:
         self.sensitivity_map: SensitivityMap | None = None
 
     def run_full_diagnosis(
-        self, noise_scale: float = 0.05, window_size: int = 3, outlier_threshold: float | None = None
+        self, noise_scale: float = 0.05, window_size: int | None = None, outlier_threshold: float | None = None
     ) -> SensitivityMap:
         """Probe operator kinds, layers and windows at ``noise_scale`` and return the sensitivity map.
 

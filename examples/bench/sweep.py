@@ -22,7 +22,8 @@ from aqnfx.data import embedded_problems
 from aqnfx.graph.frontend import load_model
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.data import Batch, make_batches
-from aqnfx.probes.measure import Forward, Sweep, compiled_forward, eager_forward, measure
+from aqnfx.probes.forward import Forward, compiled_forward, eager_forward
+from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.samples import load_samples, load_tokenizer
 

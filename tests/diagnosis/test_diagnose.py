@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import aqnfx
-from aqnfx.diagnosis.diagnose import Options, run
+from aqnfx.diagnosis.diagnose import run
+from aqnfx.diagnosis.options import Options
 from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
 from aqnfx.probes.samples import load_tokenizer
 from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
@@ -105,7 +106,7 @@ def test_a_journal_belongs_to_its_model_data_and_options(
     ("options", "error", "message"),
     [
         ({"compile": "maybe"}, InputError, "compile 'maybe'"),
-        ({"levels": ()}, InputError, "levels are empty"),
+        ({"levels": ()}, InputError, "levels must be given"),
         ({"samples": 0}, InputError, "samples 0"),
         ({"seeds": -1}, InputError, "seeds -1"),
         ({"ops": "linaer"}, SelectorError, "did you mean 'linear'"),
@@ -155,3 +156,66 @@ def test_public_names() -> None:
     assert aqnfx.noise_tolerance_index(0.25) == pytest.approx(4.0)
     with pytest.raises(AttributeError, match="no attribute 'diagnos'"):
         aqnfx.diagnos  # noqa: B018
+
+
+def test_windows_of_a_shallow_model(directory: Path) -> None:
+    quick = {k: v for k, v in QUICK.items() if k != "window"}
+    found = aqnfx.diagnose(directory, TEXT, **quick)
+    assert [w["layers"] for w in found.windows] == [[0, 1]]
+    assert any("windows hold 2 layers" in note for note in found.notes)
+    single = aqnfx.diagnose(directory, TEXT, **quick, layers=[1])
+    assert single.windows == []
+    assert list(single.per_layer) == ["1"]
+    assert any("1 selected layer has no window" in note for note in single.notes)
+    with pytest.raises(InputError, match="window 3 is longer than the 2 selected layers"):
+        aqnfx.diagnose(directory, TEXT, **{**quick, "window": 3})
+
+
+def test_a_step_beyond_the_window_is_noted(directory: Path) -> None:
+    found = aqnfx.diagnose(directory, TEXT, **{**QUICK, "window": 1, "step": 2})
+    assert [w["layers"] for w in found.windows] == [[0]]
+    assert any("step 2 is larger than the window of 1" in note for note in found.notes)
+
+
+def test_an_explicit_length_beyond_the_model_is_refused(tmp_path: Path) -> None:
+    place = save_model(tmp_path, "qwen2", num_hidden_layers=1, max_position_embeddings=40)
+    quick = {k: v for k, v in QUICK.items() if k not in ("max_length", "window")}
+    for length in (41, 256):
+        with pytest.raises(InputError, match=f"max_length {length} asked; the model takes at most 40"):
+            aqnfx.diagnose(place, TEXT, **quick, max_length=length)
+    assert aqnfx.diagnose(place, TEXT, **quick).provenance["data"]["max_length"] == 40
+
+
+def test_a_model_that_is_not_causal_has_no_nll() -> None:
+    found = aqnfx.diagnose(build("bert"), TEXT, tokenizer=tokenizer(), **{**QUICK, "max_length": 16})
+    assert found.baseline["nll"] is None
+    assert any("not causal" in note for note in found.notes)
+    assert all(v["levels"]["0.1"]["kl"] > 0 for v in found.per_layer_detail.values())
+
+
+def test_shared_values_are_noted() -> None:
+    found = aqnfx.diagnose(
+        build("gpt2"), TEXT, tokenizer=tokenizer(), **{**QUICK, "max_length": 16, "ops": "embedding", "probes": "operator"}
+    )
+    assert any("computes one value for the whole batch" in note for note in found.notes) == any(
+        "wpe" in record["module"] for record in found.per_site
+    )
+
+
+def test_without_a_compiler(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aqnfx.probes.compile_choice.compiler_problem", lambda _device: "no C++ compiler was found")
+    with pytest.raises(InputError, match=r"compile yes was asked, but no C.. compiler was found; .*--compile no"):
+        aqnfx.diagnose(directory, TEXT, **{**QUICK, "compile": "yes"})
+    assert aqnfx.diagnose(directory, TEXT, **{**QUICK, "compile": "auto"}).provenance["compile"] == "none"
+
+
+def test_the_search_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    from aqnfx.probes.compile_choice import compiler_problem
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert "no C++ compiler" in str(compiler_problem("cpu"))

@@ -206,9 +206,11 @@ def test_host_keys_are_the_same_integers(shape, batch, phase):
     for seed, step, offset in ((0, 0, 0), (-1, 7, 2**31 - 1), (-(2**31), -5, 3)):
         key, run = key_of(-123456), run_of(seed, step, offset)
         host, plain = host_row_keys(shape, batch, key, run, phase), row_keys(shape, batch, key, run, phase)
-        assert host.shape == plain.shape and host.dtype == plain.dtype == torch.int32
+        assert host.shape == plain.shape
+        assert host.dtype == plain.dtype == torch.int32
         assert torch.equal(host, plain)
-    assert run.tolist() == [-(2**31), -5, 3] and key.item() == -123456  # the buffers themselves stay
+    assert run.tolist() == [-(2**31), -5, 3]
+    assert key.item() == -123456
 
 
 # Eager and compiled --------------------------------------------------------------------------------------------------
@@ -367,8 +369,10 @@ def test_keep_zeros(kind):
 def test_a_row_with_infinity_keeps_its_finite_values_finite(kind):
     x = torch.tensor([[1.0, float("inf"), -2.0, float("nan")], [1.0, 2.0, 3e38, 4.0]])
     out = add_noise(x, 2.0, kind=kind)
-    assert torch.isfinite(out[0, [0, 2]]).all() and torch.isfinite(out[1, [0, 1, 3]]).all()
-    assert torch.equal(out[0, 1], x[0, 1]) and torch.isnan(out[0, 3])
+    assert torch.isfinite(out[0, [0, 2]]).all()
+    assert torch.isfinite(out[1, [0, 1, 3]]).all()
+    assert torch.equal(out[0, 1], x[0, 1])
+    assert torch.isnan(out[0, 3])
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -3, -2])

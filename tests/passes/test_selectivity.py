@@ -218,3 +218,70 @@ def test_random_graphs_and_pass_orders(steps, order, kind):
 
 def test_stack_equals_its_module():
     assert torch.equal(stack()(X), seeded(Stack())(X))
+
+
+# Zeros that a mask made ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["absolute_gaussian", "rms_gaussian"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_noise_on_attention_probabilities_does_not_open_the_mask(kind, compiled):
+    """A causal model stays causal: noise on a masked probability would let a position see later tokens."""
+    program = aqnfx.trace(build("llama"))
+    options = f'where="ops:softmax" kind={kind} compiled={str(compiled).lower()}'
+    noisy = Pipeline.parse(f'tag-layers,decompose-attention{{where="ops:softmax"}},tag-ops,insert-noise{{{options}}}')(program)
+    first, second = inputs("llama", batch=2, length=9), inputs("llama", batch=2, length=9)
+    second["input_ids"] = first["input_ids"].clone()
+    second["input_ids"][:, 5:] = (first["input_ids"][:, 5:] + 1) % 50
+    with torch.no_grad(), noisy.noise(level=0.3, seed=1):
+        a, b = noisy(**first).logits, noisy(**second).logits
+    with torch.no_grad():
+        clean = noisy(**first).logits
+    torch.testing.assert_close(a[:, :5], b[:, :5], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(a[:, 1:5], clean[:, 1:5], atol=1e-4)
+
+
+# Values without samples --------------------------------------------------------------------------------------------------
+
+
+class Positions(nn.Module):
+    """A model with a site whose value is one for the whole batch, as learned position embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.places = nn.Embedding(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.places(torch.arange(x.shape[1], device=x.device).unsqueeze(0))
+        return self.layers[1](self.layers[0](x))
+
+
+def test_a_value_without_samples_does_not_depend_on_how_samples_are_batched():
+    noisy = Pipeline.parse('insert-noise{where="ops:embedding|linear"}')(traced(Positions(), 3, 5, 8))
+    x = torch.randn(6, 5, 8, generator=generator(1))
+    with torch.no_grad(), noisy.noise(level=0.2, seed=4):
+        whole = noisy(x=x)
+    parts = []
+    for start in (0, 2, 4):
+        with torch.no_grad(), noisy.noise(level=0.2, seed=4, row_offset=start):
+            parts.append(noisy(x=x[start : start + 2]))
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
+
+
+# After lowering ------------------------------------------------------------------------------------------------------------
+
+
+def test_controls_steer_a_lowered_program():
+    noisy = Pipeline.parse('insert-noise{where="ops:linear"}')(stack())
+    lowered = LowerOps()(noisy)
+    assert lowered.controls.sites.keys() == noisy.controls.sites.keys()
+    with torch.no_grad(), noisy.noise(layers=[1], level=0.2, seed=3), lowered.noise(layers=[1], level=0.2, seed=3):
+        expected, found = noisy(x=X), lowered(x=X)
+    with torch.no_grad():
+        assert torch.equal(lowered(x=X), stack()(x=X))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, stack()(x=X))
+    assert {site for site, hits in lowered.controls.hits().items() if hits} == {
+        site for site, hits in noisy.controls.hits().items() if hits
+    }

@@ -52,6 +52,22 @@ def test_torn_last_line_is_cut_off_wherever_it_tore(tmp_path: Path) -> None:
         assert path.read_bytes() == whole, f"cut at byte {cut}"
 
 
+def test_a_run_killed_in_its_first_line_starts_anew(tmp_path: Path) -> None:
+    whole = write(tmp_path / "j")
+    header = whole[: whole.find(b"\n") + 1]
+    for cut in range(len(header) - 1):
+        path = tmp_path / "torn"
+        path.write_bytes(header[:cut])
+        with Journal(path, IDENTITY) as journal:
+            assert journal.items == {}
+        assert path.read_bytes() == header, f"cut at byte {cut}"
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"my notes, one line, precious")
+    with pytest.raises(ArtifactError, match="damaged at line 1"):
+        Journal(foreign, IDENTITY)
+    assert foreign.read_bytes() == b"my notes, one line, precious"
+
+
 def test_a_run_killed_before_its_first_line_starts_anew(tmp_path: Path) -> None:
     (tmp_path / "j").touch()
     with Journal(tmp_path / "j", IDENTITY) as journal:

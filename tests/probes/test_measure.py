@@ -16,8 +16,9 @@ from aqnfx.errors import InputError, Interrupted, ModelError, PassError, ProbeEr
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.program import Program
 from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.forward import compiled_forward, eager_forward
 from aqnfx.probes.journal import Journal
-from aqnfx.probes.measure import Sweep, compiled_forward, eager_forward, measure
+from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from tests.cli.tiny import encoded
 from tests.families import build

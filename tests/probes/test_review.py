@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 import aqnfx
 from aqnfx import Pipeline
 from aqnfx.graph.selector import Selector
-from aqnfx.probes.measure import is_causal
+from aqnfx.probes.forward import is_causal
 from aqnfx.probes.plan import plan_probes
 
 

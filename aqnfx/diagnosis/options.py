@@ -1,0 +1,124 @@
+"""Options: what to diagnose and how, checked before anything slow starts."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aqnfx.errors import InputError, nearest
+from aqnfx.graph.selector import Selector
+from aqnfx.numerics.noise import NoiseKind
+from aqnfx.probes.measurements import ProbeKind
+from aqnfx.probes.plan import PROBE_KINDS
+from aqnfx.probes.tasks import TASKS
+
+DEFAULT_LEVELS = (0.01, 0.05, 0.1)
+DEFAULT_MAX_LENGTH = 256
+DEFAULT_WINDOW = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to diagnose and how; the command line's flags of the same names.
+
+    ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them; ``seeds``
+    is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level, ``window`` to 3 or
+    the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if that is less.
+    ``compile`` is "yes" (Inductor for the whole graph), "no" (PyTorch operations one by one), or "auto" (compile what
+    pays for the projected work). ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
+    :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
+    """
+
+    levels: tuple[float, ...] = DEFAULT_LEVELS
+    base_level: float | None = None
+    window: int | None = None
+    step: int = 1
+    samples: int = 100
+    seeds: int = 3
+    seed: int = 0
+    ops: str = "extended"
+    layers: str | None = None
+    task: str | None = None
+    noise: str = NoiseKind.RELATIVE_GAUSSIAN
+    probes: tuple[ProbeKind, ...] = ("operator", "layer", "window", "all")
+    compile: str = "auto"
+    batch_size: int = 32
+    max_length: int | None = None
+    text_field: str | None = None
+    pack: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length"):
+            value = getattr(self, name)
+            if value is None and name in ("window", "max_length"):
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise InputError(f"{name} must be a whole number, found {value!r}")
+            if value < 1:
+                raise InputError(f"{name} {value} must be at least 1")
+        if not isinstance(self.seed, numbers.Integral):
+            raise InputError(f"seed must be a whole number, found {self.seed!r}")
+        _one_of("compile", self.compile, ("auto", "yes", "no"))
+        _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
+        if self.task is not None:
+            _one_of("task", self.task, TASKS)
+        self._set("levels", _levels(self.levels))
+        self._set("probes", _words("probes", self.probes))
+        for kind in self.probes:
+            _one_of("probes", kind, PROBE_KINDS)
+        if not self.probes or len(set(self.probes)) != len(self.probes):
+            raise InputError(f"probes must be given and differ, found {', '.join(self.probes) or 'none'}")
+        self._set("ops", "|".join(_words("ops", self.ops)))
+        if self.layers is not None:
+            self._set("layers", "|".join(_words("layers", self.layers)))
+        if self.base not in self.levels:
+            raise InputError(f"base level {self.base} is not among the levels {', '.join(map(str, self.levels))}")
+        Selector.parse(self.where)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def base(self) -> float:
+        """The level that ``per_operator`` and ``per_layer`` are read at."""
+        return self.base_level if self.base_level is not None else sorted(self.levels)[len(self.levels) // 2]
+
+    @property
+    def where(self) -> str:
+        """The selector of the probed sites."""
+        return ",".join([f"ops:{self.ops}"] + ([f"layers:{self.layers}"] if self.layers else []))
+
+
+def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise InputError(f"{name} {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def _levels(values: Any) -> tuple[float, ...]:
+    values = (values,) if isinstance(values, numbers.Real) else values
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"levels must be numbers such as (0.01, 0.05, 0.1), found {values!r}")
+    levels = []
+    for given in values:
+        if not isinstance(given, numbers.Real):
+            raise InputError(f"levels must be numbers such as (0.01, 0.05, 0.1), found {given!r}")
+        if not 0.0 < (value := float(given)) < float("inf"):
+            raise InputError(f"noise level {value} must be positive and finite")
+        levels.append(value)
+    if not levels or len(set(levels)) != len(levels):
+        raise InputError(f"levels must be given and differ, found {', '.join(map(str, levels)) or 'none'}")
+    return tuple(levels)
+
+
+def _words(name: str, values: str | int | Sequence[str | int]) -> tuple[str, ...]:
+    """Return the parts of ``"a,b"``, ``"a|b"`` or of a sequence of names or numbers."""
+    if isinstance(values, str):
+        return tuple(part.strip() for part in values.replace("|", ",").split(",") if part.strip())
+    values = [values] if isinstance(values, int) else values
+    if not isinstance(values, Iterable) or not all(isinstance(v, (str, numbers.Integral)) for v in values):
+        raise InputError(f"{name} must be a text or a sequence of names, found {values!r}")
+    return tuple(str(v) for v in values)

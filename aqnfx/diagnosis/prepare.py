@@ -1,0 +1,188 @@
+"""From a model and data to a tagged program and its samples: what measuring and predicting share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
+from aqnfx.errors import InputError, ModelError
+from aqnfx.graph.frontend import EMBEDDED, load_model, trace
+from aqnfx.graph.program import Program
+from aqnfx.graph.tags import static_size
+from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.forward import is_causal
+from aqnfx.probes.measurements import Probe
+from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.samples import load_samples, load_tokenizer
+from aqnfx.probes.tasks import accuracy_like
+
+Data = str | Path | Sequence[str | Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A tagged program, the encoded samples, the probes over its sites, the task, and notes for the report.
+
+    ``longest`` is the length of the longest sample in tokens, ``fixed`` the sequence length that the traced forward
+    fixes, or None; ``pad`` the padding token.
+    """
+
+    program: Program
+    encoded: tuple[Encoded, ...]
+    probes: tuple[Probe, ...]
+    task: str
+    causal: bool
+    longest: int
+    fixed: int | None
+    pad: int
+    notes: tuple[str, ...]
+
+    def batches(self, options: Options, length: int | None = None) -> list[Batch]:
+        """Return the samples as batches on the device, padded to ``length`` or each to its own longest sample."""
+        size = min(options.batch_size, len(self.encoded))
+        made = make_batches(self.encoded, batch_size=size, pad_id=self.pad, fixed_length=length or self.fixed)
+        return [batch.to(options.device) for batch in made]
+
+
+def prepare(
+    model: nn.Module | Program | str | Path, data: Data, options: Options, *, tokenizer: Any = None, tell: Any
+) -> Prepared:
+    """Load, encode, trace, tag and plan; raises subclasses of :class:`~aqnfx.errors.AqnfxError` for bad input."""
+    _check_device(options.device)
+    tell("loading the model")
+    name = str(model) if isinstance(model, (str, Path)) else _origin(model)
+    if isinstance(model, (str, Path)):
+        model = load_model(str(model), device=options.device)
+    tell("reading the data")
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
+    encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
+    tell("tracing")
+    longest = max(len(e.input_ids) for e in encoded)
+    program = model if isinstance(model, Program) else _trace(model, longest)
+    tagged = Pipeline.parse(f'tag-layers,decompose-attention{{where="{options.where}"}},tag-ops')(program)
+    probes, more = plan(tagged, options)
+    fixed = _fixed_length(tagged)
+    tell("preparing")
+    causal = is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
+    if not causal:
+        if task in ("nll", "exact_match"):
+            raise ModelError(
+                f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
+            )
+        more = (*more, "the model is not causal: KL and agreement are over all positions, and there is no NLL")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Prepared(
+        program=tagged, encoded=encoded, probes=probes, task=task, causal=causal, longest=longest,
+        fixed=longest if fixed is not None else None, pad=pad, notes=(*tagged.notes, *notes, *more),
+    )  # fmt: skip
+
+
+def plan(program: Program, options: Options) -> tuple[tuple[Probe, ...], tuple[str, ...]]:
+    """Return the probes that the options ask for, and notes on what they leave out."""
+    from aqnfx.graph.selector import Selector
+
+    selector, kinds, window, notes = Selector.parse(options.where), options.probes, options.window, []
+    if window is None:
+        per_stack: dict[str | None, set[int]] = {}
+        for site in selector.select(program):
+            if site.layer is not None:
+                per_stack.setdefault(site.stack, set()).add(site.layer)
+        longest = max(map(len, per_stack.values()), default=0)
+        window = min(DEFAULT_WINDOW, max(longest, 1))
+        if window < DEFAULT_WINDOW and "window" in kinds:
+            if window < 2 and len(kinds) > 1:
+                kinds = tuple(kind for kind in kinds if kind != "window")
+                notes.append(f"{longest} selected layer has no window of several layers, so none was probed")
+            else:
+                notes.append(f"windows hold {window} layers, because no more are selected")
+    if "window" in kinds and options.step > window:
+        notes.append(f"step {options.step} is larger than the window of {window}: some layers are in no window")
+    probes = plan_probes(program, selector, kinds=kinds, window=window, step=options.step)
+    shared = _shared_sites(program, {s for p in probes for s in p.sites})
+    if shared:
+        notes.append(
+            f"{shared[0]}{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} computes one value for the whole "
+            "batch: its noise is the same for all samples, so intervals there hold the choice of samples only"
+        )
+    return probes, tuple(notes)
+
+
+def _shared_sites(program: Program, chosen: set[str]) -> list[str]:
+    """Return the sites among ``chosen`` whose value has no batch dimension although the inputs have a dynamic one."""
+    first = next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"]
+    if not first.dim() or isinstance(static_size(first.shape[0]), int):
+        return []
+    nodes = program.site_nodes()
+    values = {site: nodes[site].meta["val"] for site in nodes if site in chosen}
+    return [s for s, v in values.items() if not v.dim() or isinstance(static_size(v.shape[0]), int)]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _origin(model: nn.Module | Program) -> str:
+    """Return where a model came from, to find its tokenizer by; empty for a model that was made in memory."""
+    if not isinstance(model, Program):
+        return str(getattr(model, "name_or_path", ""))
+    origin = str(model.source.get("origin", ""))
+    return origin if origin == EMBEDDED or "/" in origin or Path(origin).is_dir() else ""
+
+
+def _named(name: str) -> str:
+    if not name:
+        raise InputError(
+            "the model does not say where it was loaded from, so its tokenizer cannot be found; pass tokenizer="
+        )
+    return name
+
+
+def _max_length(model: nn.Module | Program, options: Options) -> int:
+    config = getattr(model, "config", None)
+    source = model.source if isinstance(model, Program) else {}
+    limit = source.get("max_positions") or getattr(config, "max_position_embeddings", None)
+    if options.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if limit and options.max_length > limit:
+        raise InputError(f"max_length {options.max_length} asked; the model takes at most {limit} positions")
+    return options.max_length
+
+
+def _samples(
+    data: Data, tokenizer: Any, options: Options, max_length: int
+) -> tuple[tuple[Encoded, ...], tuple[str, ...], str]:
+    """Encode the samples; the default task is exact_match where the data has answers, else kl."""
+    encoded, notes = load_samples(
+        data, tokenizer, samples=options.samples, max_length=max_length, task=options.task or "kl",
+        text_field=options.text_field, pack=options.pack,
+    )  # fmt: skip
+    answers = all(e.answer is not None for e in encoded)
+    task = options.task or ("exact_match" if answers else "kl")
+    accuracy_like(task, answers)
+    if options.task is None and not answers and any(e.answer is not None for e in encoded):
+        notes = (*notes, "some samples have no whole answer, so the task is kl; ask for exact_match to leave them out")
+    return encoded, notes, task
+
+
+def _trace(model: nn.Module, longest: int) -> Program:
+    """Trace; a model whose forward fixes the sequence length is traced at the length of the data."""
+    program = trace(model)
+    fixed = _fixed_length(program)
+    return program if fixed in (None, longest) else trace(model, sequence_length=longest)
+
+
+def _fixed_length(program: Program) -> int | None:
+    """Return the sequence length that the model's forward fixes, or None."""
+    inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+    lengths = [static_size(v.shape[1]) for v in inputs if v.dim() > 1]
+    return next((size for size in lengths if isinstance(size, int)), None)
