@@ -15,6 +15,7 @@ from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.edit import control_buffer, insert_after
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
+from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
 from aqnfx.passes.base import Pass, select_or_raise
@@ -69,7 +70,7 @@ class InsertNoise(Pass):
 
         if chosen:
             run = buffer("noise_run", torch.tensor([as_int32(self.seed), 0, 0], dtype=torch.int32), None)
-            batch = _batch_size(program)
+            batch = batch_size(program.graph, inserted_by=self.name)
         forward = self.level if self.phases != "backward" else 0.0
         backward = self.level if self.phases != "forward" else 0.0
         for site in chosen:
@@ -88,7 +89,7 @@ class InsertNoise(Pass):
                 mask = buffer(f"{stem}_channels", torch.ones(width), site.id)
             if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
                 cols = buffer(f"columns_{width}", columns(width), None)
-            rows = _samples(value, batch)
+            rows = sample_count(value, batch)
             args: tuple[Any, ...] = (anchor, level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             options = {"inserted_by": self.name, "site": site.id}
             # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not.
@@ -104,33 +105,3 @@ class InsertNoise(Pass):
                 f"{self.name}: channel_dim {self.channel_dim} does not exist at {site}, which has {value.dim()} dimensions"
             )
         return self.channel_dim
-
-
-def _batch_size(program: Program) -> Node | int:
-    """Return the node that holds the number of samples: the first dimension of the first input."""
-    first = next(n for n in program.graph.nodes if n.op == "placeholder")
-    size = static_size(first.meta["val"].shape[0]) if first.meta["val"].dim() else 1
-    if isinstance(size, int):
-        return size
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.sym_size.int and node.args == (first, 0):
-            return node  # type: ignore[no-any-return]
-    last = [n for n in program.graph.nodes if n.op == "placeholder"][-1]
-    node = insert_after(
-        last, torch.ops.aten.sym_size.int, (first, 0), inserted_by="insert-noise", site="", reroute=False
-    )
-    node.meta["val"] = size
-    return node
-
-
-def _samples(value: torch.Tensor, batch: Node | int) -> Node | int:
-    """Return how many samples share the first dimension: the batch size where it divides it, else 0 (no samples)."""
-    if value.dim() == 0:
-        return 0
-    size, rows = batch.meta["val"] if isinstance(batch, Node) else batch, static_size(value.shape[0])
-    if isinstance(rows, int):
-        return batch if isinstance(size, int) and size > 0 and rows % size == 0 else 0
-    if isinstance(size, int):
-        return 0
-    quotient = rows.node.expr / size.node.expr
-    return batch if quotient.is_integer else 0

@@ -14,6 +14,7 @@ BUILTIN = {
     "tag-ops": "aqnfx.passes.tag_ops:TagOps",
     "decompose-attention": "aqnfx.passes.decompose_attention:DecomposeAttention",
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
+    "insert-score": "aqnfx.passes.insert_score:InsertScore",
     "lower-ops": "aqnfx.passes.lower_ops:LowerOps",
     "strip": "aqnfx.passes.strip:Strip",
 }

@@ -122,7 +122,8 @@ class Program:
         module = GraphModule(self.module, graph, class_name="Program")
         for name, buffer in list(self.module.named_buffers(recurse=False)):
             if name.startswith(edit.BUFFER_PREFIX) and hasattr(module, name):
-                module.register_buffer(name, buffer.clone(), persistent=False)
+                copy = buffer.detach().clone().requires_grad_(buffer.requires_grad)
+                module.register_buffer(name, copy, persistent=False)
         module.train(False)
         return dataclasses.replace(self, module=module)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import GraphModule, Node
 
-import aqnfx.numerics.ops  # noqa: F401  (registers the aqnfx operators)
+import aqnfx.numerics.ops
+import aqnfx.numerics.score  # noqa: F401  (both register the aqnfx operators)
 from aqnfx.errors import VerificationError
 from aqnfx.graph.render import target_name
 from aqnfx.graph.tags import constant, get_tag, module_stack, site_of, tensor_value
@@ -37,9 +38,13 @@ def _values_known(module: GraphModule) -> Iterator[Finding]:
             yield node, "has users and no known value (meta['val'])"
 
 
+def _stands_for_its_input(node: Node) -> bool:
+    return node.target in (torch.ops.aqnfx.noise.default, torch.ops.aqnfx.score.default)
+
+
 def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        if get_tag(node).inserted_by is None or node.target is not torch.ops.aqnfx.noise.default:
+        if get_tag(node).inserted_by is None or not _stands_for_its_input(node):
             continue
         before, after = tensor_value(node.args[0]), tensor_value(node)
         if before is None or after is None or before.dtype != after.dtype or before.dim() != after.dim():
@@ -48,7 +53,7 @@ def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
 
 def _inserted_not_bypassed(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        if node.target is not torch.ops.aqnfx.noise.default:
+        if not _stands_for_its_input(node):
             continue
         others = [u for u in node.args[0].users if u is not node and get_tag(u).inserted_by is None]
         if others:

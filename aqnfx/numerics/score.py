@@ -1,0 +1,105 @@
+"""``aqnfx::score``: the identity, whose backward pass accumulates what a perturbation at this value would cost.
+
+With g the gradient of a random projection of the logits (see :mod:`aqnfx.probes.predict`) and y the value, independent
+noise of unit level costs half of Σ (g·s)² with s the scale of the noise (|y| for relative noise), and a fixed
+perturbation δ costs half of (Σ g·δ)²: the second-order expansion of KL with the Fisher matrix of the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import perturbation
+
+
+def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool) -> Tensor:
+    """Return g·s, a new tensor of the shape of ``y``, with s the scale of unit noise of ``kind`` (fp32 or fp64)."""
+    wide = grad.dtype if grad.dtype in (torch.float32, torch.float64) else torch.float32
+    grad, y = grad.to(wide), y.to(wide)
+    if kind in (NoiseKind.RELATIVE_GAUSSIAN, NoiseKind.UNIFORM):
+        return grad * y
+    scaled = grad.clone()
+    if kind == NoiseKind.RMS_GAUSSIAN:
+        scaled *= y.square().mean(-1, keepdim=True).sqrt()
+    return scaled.masked_fill_(y == 0, 0.0) if keep_zeros else scaled
+
+
+def accumulate(
+    grad: Tensor, y: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
+    sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int,
+    keep_zeros: bool,
+) -> None:  # fmt: skip
+    """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
+
+    ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per site,
+    draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64
+    (S, D, K, N): Σ g·δ per declared perturbation. ``batch`` 0: the value belongs to no sample, and its sum stands at the
+    first sample of the batch.
+    """
+    hits[index] += 1
+    draw, offset = int(run[1]), int(run[2])
+    rows = batch or 1
+    if kind != NoiseKind.BIAS:
+        scaled = scaled_gradient(grad, y, kind, keep_zeros)
+        if channels is not None:
+            width = scaled.shape[channel_dim]
+            last = channel_dim % scaled.dim() == scaled.dim() - 1
+            table = (scaled if last else scaled.movedim(channel_dim, -1)).reshape(rows, -1, width)
+            per_channel = torch.linalg.vector_norm(table, dim=1).double().square_()
+            channels[0] += per_channel.sum(0)
+            channels[1] += per_channel.square().sum(0)
+            total = per_channel.sum(1)
+        else:
+            total = torch.linalg.vector_norm(scaled.reshape(rows, -1), dim=1).double().square_()
+        sequences[index, draw, offset : offset + rows] += total
+    for number, name in enumerate(perturbations):
+        delta = perturbation(name)(y)
+        products = (grad.to(delta.dtype) * delta).reshape(rows, -1).sum(1, dtype=torch.float64)
+        assert sketch is not None  # allocated by the pass that declares perturbations
+        sketch[index, number, draw, offset : offset + rows] += products
+
+
+class _Score(torch.autograd.Function):
+    """The identity; its output shares the storage of its input, so that nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.rest = rest
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        with torch.no_grad():
+            accumulate(grads[0], y, *ctx.rest)
+        return (grads[0] if ctx.needs_input_grad[0] else None, None, *(None,) * len(ctx.rest))
+
+
+_LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")
+_LIBRARY.define(
+    "score(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
+    "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False) -> Tensor"
+)
+
+
+# Composite: it vanishes into the autograd function that it calls. An operator of its own would have to return a copy.
+@torch.library.impl(_LIBRARY, "score", "CompositeImplicitAutograd")
+def score(
+    y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
+    sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int = -1,
+    keep_zeros: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return ``y`` itself; its gradient goes to :func:`accumulate`.
+
+    ``anchor`` is an empty tensor that requires gradient: with it the backward pass reaches every site without a gradient
+    for any weight.
+    """
+    result: Tensor = _Score.apply(  # type: ignore[no-untyped-call]
+        y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros
+    )
+    return result

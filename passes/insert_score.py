@@ -1,0 +1,119 @@
+"""insert-score: identity nodes whose backward pass accumulates what a perturbation at each site would cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+import aqnfx.numerics.score  # noqa: F401  (registers aqnfx::score)
+from aqnfx.errors import PassError
+from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
+from aqnfx.graph.opkinds import OpKind
+from aqnfx.graph.program import Program
+from aqnfx.graph.samples import batch_size, sample_count
+from aqnfx.graph.tags import get_tag, static_size, tensor_value
+from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import perturbation
+from aqnfx.passes.base import Pass, select_or_raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertScore(Pass):
+    """Put one ``aqnfx::score`` node behind every site that ``where`` selects, and their shared accumulators.
+
+    ``kind`` is the noise whose cost is accumulated, ``samples`` and ``draws`` the number of samples and of projection
+    draws that there is room for, ``channels`` also accumulates per channel of the last dimension. ``perturb`` names
+    declared perturbations (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) by ``a|b``: per sample Σ g·δ of each.
+    ``weights`` also scores every floating-point parameter: Σ g², for the Fisher trace.
+    """
+
+    name: ClassVar[str] = "insert-score"
+    needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    where: str = "ops:core"
+    kind: str = NoiseKind.RELATIVE_GAUSSIAN
+    samples: int = 1
+    draws: int = 1
+    channels: bool = True
+    perturb: str = ""
+    weights: bool = False
+
+    @property
+    def perturbations(self) -> tuple[str, ...]:
+        """The declared perturbations; noise of kind ``bias`` is one of them."""
+        named = tuple(name.strip() for name in self.perturb.split("|") if name.strip())
+        return ("bias", *named) if self.kind == NoiseKind.BIAS and "bias" not in named else named
+
+    def requires(self, program: Program) -> None:
+        """Check the options before anything is copied."""
+        if self.kind not in list(NoiseKind):
+            raise PassError(f"{self.name}: kind {self.kind!r} is not one of {', '.join(NoiseKind)}")
+        if self.samples < 1 or self.draws < 1:
+            raise PassError(f"{self.name}: samples {self.samples} and draws {self.draws} must be at least 1")
+        for name in self.perturbations:
+            perturbation(name)
+        if program.ran(self.name):
+            raise PassError(f"{self.name}: it has run already; strip first")
+
+    def run(self, program: Program) -> None:
+        """Insert the nodes and register the accumulators."""
+        nodes, module = program.site_nodes(), program.module
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
+        parameters = [n for n in program.graph.nodes if self.weights and _is_parameter(module, n)]
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        count, names = len(chosen) + len(parameters), self.perturbations
+
+        def buffer(name: str, value: torch.Tensor, site: str | None = None) -> Node:
+            return control_buffer(module, f"score_{name}", value.to(device), inserted_by=self.name, site=site)
+
+        anchor = buffer("anchor", torch.zeros(0, requires_grad=True))
+        run = buffer("run", torch.zeros(3, dtype=torch.int32))
+        hits = buffer("hits", torch.zeros(count, dtype=torch.int64))
+        table = buffer("sequences", torch.zeros(count, self.draws, self.samples, dtype=torch.float64))
+        sketch = None
+        if names:
+            shape = (count, len(names), self.draws, self.samples)
+            sketch = buffer("sketch", torch.zeros(shape, dtype=torch.float64))
+        batch = batch_size(program.graph, inserted_by=self.name)
+        for index, site in enumerate(chosen):
+            anchor_node = nodes[site.id]
+            value = tensor_value(anchor_node)
+            assert value is not None  # a site is a node with one tensor
+            channels, width = None, static_size(value.shape[-1]) if value.dim() > 1 else None
+            if self.channels and isinstance(width, int):
+                channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
+            args = (
+                anchor_node, anchor, run, hits, table, channels, sketch, index, sample_count(value, batch),
+                str(self.kind), list(names), -1, site.op == OpKind.SOFTMAX,
+            )  # fmt: skip
+            insert_after(
+                anchor_node, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name, site=site.id
+            )
+        for index, node in enumerate(parameters, start=len(chosen)):
+            weight_args: tuple[Any, ...] = (
+                node, anchor, run, hits, table, None, sketch, index, 0, str(NoiseKind.ABSOLUTE_GAUSSIAN), [],
+            )  # fmt: skip
+            new = insert_after(
+                node, torch.ops.aqnfx.score.default, weight_args, reroute=True, inserted_by=self.name,
+                site=f"{node.target}:weight",
+            )  # fmt: skip
+            _after_buffers(new, (anchor, run, hits, table, sketch))
+
+
+def _is_parameter(module: torch.fx.GraphModule, node: Node) -> bool:
+    if node.op != "get_attr" or str(node.target).startswith(BUFFER_PREFIX) or get_tag(node).inserted_by:
+        return False
+    value = node.meta.get("val")
+    owner, _, name = str(node.target).rpartition(".")
+    holder = module.get_submodule(owner)
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and name in holder._parameters
+
+
+def _after_buffers(new: Node, buffers: tuple[Node | None, ...]) -> None:
+    """Move ``new`` behind the accumulators that it reads: parameters may stand before them."""
+    order = {node: place for place, node in enumerate(new.graph.nodes)}
+    last = max((b for b in buffers if b is not None), key=order.__getitem__)
+    if order[last] > order[new]:
+        last.append(new)
