@@ -80,8 +80,8 @@ class _Score(torch.autograd.Function):
         return (grads[0] if ctx.needs_input_grad[0] else None, None, *(None,) * len(ctx.rest))
 
 
-_LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "score(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
     "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False) -> Tensor"
 )
