@@ -63,6 +63,8 @@ def command(
     task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
     noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
     probes: str = typer.Option("operator,layer,window,all", help="What to probe; also: site."),
+    method: str = typer.Option("measure", help="predict, measure or both."),
+    draws: int = typer.Option(8, help="Projection draws of the prediction."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     batch_size: int = typer.Option(32, help="Samples per forward pass."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
@@ -82,7 +84,8 @@ def command(
     options: dict[str, Any] = dict(
         levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
         seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise,
-        probes=tuple(p.strip() for p in probes.split(",") if p.strip()), compile=compile_mode, batch_size=batch_size,
+        probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
+        compile=compile_mode, batch_size=batch_size,
         max_length=max_length, text_field=text_field, pack=pack, device=device,
     )  # fmt: skip
     run_session(model, data, options, out=out, resume=resume, json_output=json_output)

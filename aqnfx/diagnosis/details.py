@@ -17,6 +17,7 @@ from aqnfx.diagnosis.estimates import (
     ratios,
     seed_spread,
 )
+from aqnfx.diagnosis.predicted import predicted_record
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.numerics.metrics import classify_sensitivity, critical_threshold, noise_tolerance_index, sensitivity_score
 from aqnfx.numerics.stats import mcnemar, wilson
@@ -28,7 +29,7 @@ THRESHOLD_COST = 0.10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """All estimates of a run; every array has shape (P, L)."""
+    """All estimates of a run; every array has shape (P, L). ``estimated`` rows were predicted and not measured."""
 
     kl: Ratio
     nll_delta: Ratio | None
@@ -38,13 +39,17 @@ class Estimates:
     p_holm: Array
     kl_spread: Array
     degradation_spread: Array
+    estimated: frozenset[int] = frozenset()
 
 
-def estimate(m: Measurements, scores: SampleScores, options: Options) -> Estimates:
+def estimate(
+    m: Measurements, scores: SampleScores, options: Options, estimated: frozenset[int] = frozenset()
+) -> Estimates:
     """Compute every ratio with its interval, and p values corrected after Holm over the probes of one kind."""
     kinds = [probe.kind for probe in m.probes]
     groups = [[row for row, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
     p = paired_p(scores.loss)
+    p[sorted(estimated)] = np.nan  # a prediction is no evidence that a metric has moved
     return Estimates(
         kl=ratios(scores.kl, scores.tokens, options),
         nll_delta=None if scores.nll_delta is None else ratios(scores.nll_delta, scores.tokens, options),
@@ -54,6 +59,7 @@ def estimate(m: Measurements, scores: SampleScores, options: Options) -> Estimat
         p_holm=holm_columns(p, groups),
         kl_spread=seed_spread(scores.seed_kl),
         degradation_spread=seed_spread(scores.seed_degradation),
+        estimated=estimated,
     )
 
 
@@ -103,6 +109,10 @@ def _record(m: Measurements, est: Estimates, row: int, column: int, options: Opt
     if est.nll_delta is not None:
         record["nll_delta"] = float(est.nll_delta.value[at])
         record["nll_delta_ci"] = [float(est.nll_delta.low[at]), float(est.nll_delta.high[at])]
+    if m.predictions is not None:
+        record["predicted"] = predicted_record(m, m.probes[row], level, options)
+    if row in est.estimated:
+        return record | {"estimated": True, "seeds": 0, "seed_std": {"kl": None, "degradation": None}}
     if "exact_match" in m.scores and "exact_match" in m.clean:
         record["exact_match"] = _accuracy(m, row, column, options)
     return record

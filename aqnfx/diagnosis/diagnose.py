@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import aqnfx
+from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, Prepared, prepare
+from aqnfx.diagnosis.prepare import Data, Prepared, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
@@ -26,6 +27,7 @@ from aqnfx.probes.forward import Forward, compiled_forward, eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.predict import Predictions, predict
 
 
 def diagnose(
@@ -38,7 +40,7 @@ def diagnose(
     status: Any = None,
     **options: Any,
 ) -> SensitivityMap:
-    """Measure what noise does to a language model and return its sensitivity map.
+    """Predict and measure what noise does to a language model and return its sensitivity map.
 
     ``model`` is what :func:`aqnfx.trace` takes, or a Program; ``data`` a JSON-lines, parquet or text file, or a
     sequence of texts or records. ``tokenizer`` defaults to the one saved with the model. ``journal`` is a file that
@@ -62,11 +64,18 @@ def run(
     progress: Progress | None = None,
     status: Any = None,
 ) -> Measurements:
-    """Do the measuring part of :func:`diagnose` and return the raw scores."""
+    """Do the predicting and measuring part of :func:`diagnose` and return the raw scores."""
     tell = status or (lambda _text: None)
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    predictions, probes = None, ready.probes
+    if options.method != "measure":
+        tell("predicting")
+        predictions = _predict(ready, options, progress)
+        counts = SPOT_CHECKS if options.method == "predict" else CHECKS
+        candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
+        probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
     seeds = tuple(range(options.seed, options.seed + options.seeds))
-    sweep = Sweep(probes=ready.probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
+    sweep = Sweep(probes=probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
     work = ready.batches(options, ready.longest if options.compile == "yes" else None)
     earlier = recorded_identity(Path(journal)).get("compile") if journal is not None else None
     if options.compile == "auto" and earlier in COMPILED:  # the choice depends on timing, and a run must not mix them
@@ -84,6 +93,8 @@ def run(
     forward: Forward = compiled_forward(noisy) if graph else eager_forward(noisy)
     identity = _identity(noisy, ready, sweep, options) | {"compile": compiled}
     facts = _facts(noisy, ready, data, identity, options)
+    if predictions is not None:
+        facts["predict"] = dict(predictions.provenance)
     keep = Journal(Path(journal), identity) if journal is not None else None
     try:
         found = measure(
@@ -92,7 +103,18 @@ def run(
     finally:
         if keep is not None:
             keep.close()
-    return found if ready.causal else _without_nll(found)
+    found = found if ready.causal else _without_nll(found)
+    return found if predictions is None else dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+
+
+def _predict(ready: Prepared, options: Options, progress: Progress | None) -> Predictions:
+    """Predict every site; the score nodes and all they hold are gone when this returns."""
+    samples = len(ready.encoded)
+    insert = f'insert-score{{where="{options.where}" kind={options.noise} samples={samples} draws={options.draws}}}'
+    scored = Pipeline.parse(insert)(ready.program)
+    return predict(
+        scored, eager_forward(scored), ready.batches(options), draws=options.draws, seed=options.seed, progress=progress
+    )
 
 
 def _without_nll(m: Measurements) -> Measurements:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
+from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
+from aqnfx.diagnosis.predicted import channel_records, prediction_notes, site_predictions
 from aqnfx.diagnosis.ranking import is_critical, rank
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable, layer_label, level_key
 from aqnfx.diagnosis.windows import window_records
@@ -33,9 +35,10 @@ def interpret(
         raise InputError(
             f"interpret: confidence {confidence:g} must lie in (0, 1) and resamples {resamples} be 100 or more"
         )
-    m, options = measurements, Options(confidence=confidence, resamples=resamples, seed=seed)
+    m, estimated = with_estimates(measurements)
+    options = Options(confidence=confidence, resamples=resamples, seed=seed)
     scores = SampleScores.of(m)
-    est = estimate(m, scores, options)
+    est = estimate(m, scores, options, estimated)
     operators, layers = _table(m, est, "operator", options), _table(m, est, "layer", options)
     windows = window_records(m, scores, est, options)
     base = level_key(m.base_level)
@@ -71,7 +74,10 @@ def interpret(
             "operators": {key: entry["threshold"] for key, entry in operators.items()},
             "layers": {key: entry["threshold"] for key, entry in layers.items()},
         },
-        "notes": _notes(m, scores, est),
+        "method": "measure" if m.predictions is None else "predict and measure",
+        "agreement": agreement(measurements),
+        "channels": channel_records(m, options),
+        "notes": _notes(m, scores, est) + prediction_notes(measurements),
         "provenance": dict(m.provenance),
     }  # fmt: skip
     return SensitivityMap(**jsonable(record))
@@ -83,6 +89,7 @@ def _table(m: Measurements, est: Estimates, kind: ProbeKind, options: Options) -
         probe.key: {
             "sites": len(probe.sites),
             "layers": [layer_label(layer) for layer in probe.layers],
+            "estimated": row in est.estimated,
             "threshold": threshold(m, est, row),
             "levels": level_records(m, est, row, options),
         }
@@ -99,11 +106,13 @@ def _sites(m: Measurements, est: Estimates, options: Options) -> list[dict[str, 
     """Return a record per site, those that were not probed one by one with ``measured`` empty."""
     rows = {probe.key: row for row, probe in enumerate(m.probes) if probe.kind == "site"}
     kept = ("id", "module", "op", "role", "layer", "stack", "region")
+    sites = m.sites if m.predictions is None else m.predictions.sites
+    predicted = site_predictions(m, [site.id for site in sites], options)
     records = []
-    for site in m.sites:
+    for site in sites:
         full = site.to_record()
         measured = level_records(m, est, rows[site.id], options) if site.id in rows else {}
-        records.append({name: full[name] for name in kept} | {"predicted": {}, "measured": measured})
+        records.append({name: full[name] for name in kept} | {"predicted": predicted[site.id], "measured": measured})
     return records
 
 

@@ -17,6 +17,7 @@ from aqnfx.probes.tasks import TASKS
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_WINDOW = 3
+METHODS = ("predict", "measure", "both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,11 @@ class Options:
     is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level, ``window`` to 3 or
     the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if that is less.
     ``compile`` is "yes" (Inductor for the whole graph), "no" (PyTorch operations one by one), or "auto" (compile what
-    pays for the projected work). ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
-    :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
+    pays for the projected work). ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
+    with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
+    top probes, a random sample of the others, and the windows around critical layers). ``probes`` are kinds of
+    :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that cannot
+    be meant.
     """
 
     levels: tuple[float, ...] = DEFAULT_LEVELS
@@ -43,6 +47,8 @@ class Options:
     task: str | None = None
     noise: str = NoiseKind.RELATIVE_GAUSSIAN
     probes: tuple[ProbeKind, ...] = ("operator", "layer", "window", "all")
+    method: str = "measure"
+    draws: int = 8
     compile: str = "auto"
     batch_size: int = 32
     max_length: int | None = None
@@ -51,7 +57,7 @@ class Options:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length"):
+        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws"):
             value = getattr(self, name)
             if value is None and name in ("window", "max_length"):
                 continue
@@ -62,6 +68,7 @@ class Options:
         if not isinstance(self.seed, numbers.Integral):
             raise InputError(f"seed must be a whole number, found {self.seed!r}")
         _one_of("compile", self.compile, ("auto", "yes", "no"))
+        _one_of("method", self.method, METHODS)
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)

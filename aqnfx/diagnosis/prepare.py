@@ -14,11 +14,12 @@ from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import EMBEDDED, load_model, trace
 from aqnfx.graph.program import Program
+from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch, Encoded, make_batches
 from aqnfx.probes.forward import is_causal
-from aqnfx.probes.measurements import Probe
+from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.samples import load_samples, load_tokenizer
 from aqnfx.probes.tasks import accuracy_like
@@ -84,11 +85,12 @@ def prepare(
     )  # fmt: skip
 
 
-def plan(program: Program, options: Options) -> tuple[tuple[Probe, ...], tuple[str, ...]]:
-    """Return the probes that the options ask for, and notes on what they leave out."""
-    from aqnfx.graph.selector import Selector
-
-    selector, kinds, window, notes = Selector.parse(options.where), options.probes, options.window, []
+def plan(
+    program: Program, options: Options, *, kinds: tuple[ProbeKind, ...] | None = None
+) -> tuple[tuple[Probe, ...], tuple[str, ...]]:
+    """Return the probes that the options ask for (or those of ``kinds``), and notes on what they leave out."""
+    selector, window, notes = Selector.parse(options.where), options.window, []
+    kinds = options.probes if kinds is None else kinds
     if window is None:
         per_stack: dict[str | None, set[int]] = {}
         for site in selector.select(program):

@@ -60,6 +60,7 @@ def rank(
             "kl_ci": record["ci"],
             "distinguishable": record["distinguishable"],
             "critical": is_critical(record),
+            "estimated": bool(record.get("estimated", False)),
             "tied_with_first": place > 0 and tied_first[place - 1],
             "tied_with_next": place + 1 < len(order) and tied_next[place],
         }

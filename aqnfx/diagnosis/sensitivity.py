@@ -47,6 +47,8 @@ class SensitivityMap:
     critical_ops: list[str] = field(default_factory=list)
     avalanche_points: list[list[int | str]] = field(default_factory=list)
     critical_threshold: dict[str, Any] = field(default_factory=dict)
+    method: str = "measure"
+    agreement: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from aqnfx.diagnosis.details import Estimates, level_records
-from aqnfx.diagnosis.estimates import Array, Options, SampleScores, ratios
+from aqnfx.diagnosis.estimates import Array, Options, SampleScores, holm_columns, paired_p, ratios
 from aqnfx.diagnosis.sensitivity import layer_label, level_key
 from aqnfx.numerics.metrics import classify_window
 from aqnfx.probes.measurements import Measurements
 
 PREDICTED_FROM = "sum of single layers"
+ONE_PASS = "one-pass prediction"
 
 
 def window_records(m: Measurements, scores: SampleScores, est: Estimates, options: Options) -> list[dict[str, Any]]:
@@ -24,10 +25,35 @@ def window_records(m: Measurements, scores: SampleScores, est: Estimates, option
     ``avalanche`` is a window whose degradation is of that class (> 15 %) and distinguishable from zero; amplification
     is reported beside it and is no condition. Where a layer was not measured, or costs nothing, the prediction and
     the amplification are ``None``.
+
+    With one-pass predictions these stand in for the sum, and an ``avalanche`` is a window whose measured KL exceeds its
+    prediction by more than the interval of their ratio and, after Holm over all measured windows, by more than chance.
+    A window that was only predicted has no ``measured`` KL and no amplification.
     """
     layer_rows = {probe.key: row for row, probe in enumerate(m.probes) if probe.kind == "layer"}
     rows = [row for row, probe in enumerate(m.probes) if probe.kind == "window"]
-    return [_window(m, scores, est, row, layer_rows, options) for row in rows]
+    records = [_window(m, scores, est, row, layer_rows, options) for row in rows]
+    if m.predictions is not None:
+        _find_avalanches(m, scores, est, rows, records, options)
+    return records
+
+
+def _find_avalanches(
+    m: Measurements, scores: SampleScores, est: Estimates, rows: list[int], records: list[dict[str, Any]],
+    options: Options,
+) -> None:  # fmt: skip
+    """Set ``avalanche`` of every window by its measured KL against its predicted one, sample by sample."""
+    assert m.predictions is not None
+    column = m.levels.index(m.base_level)
+    p = np.full((len(m.probes), 1), np.nan)
+    measured = [row for row in rows if row not in est.estimated]
+    for row in measured:
+        excess = scores.kl[row, column] - m.predictions.kl(m.probes[row].sites, m.base_level)[: m.samples]
+        p[row, 0] = paired_p(excess[None])[0]
+    adjusted = holm_columns(p, [measured])[:, 0]
+    for row, record in zip(rows, records, strict=True):
+        record["excess_p_holm"] = float(adjusted[row])
+        record["avalanche"] = bool(record["superadditive"] and adjusted[row] < 1.0 - options.confidence)
 
 
 def _window(
@@ -58,6 +84,12 @@ def _window(
         "superadditive": False,
         "levels": levels,
     }
+    if m.predictions is not None:
+        single = m.predictions.kl(probe.sites, m.base_level)[: m.samples]
+        record |= {"predicted": float(single.sum() / m.tokens.sum()), "predicted_from": ONE_PASS}
+        if row in est.estimated:
+            return record | {"estimated": True, "measured": None}
+        return record | _amplification(scores.kl[row, column], single, scores.tokens, options)
     if probe.layers and all(layer in layer_rows for layer in probe.layers):
         singles = scores.kl[[layer_rows[layer] for layer in probe.layers], column].sum(axis=0)
         record |= _amplification(scores.kl[row, column], singles, scores.tokens, options)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aqnfx.graph.sites import Site
+from aqnfx.probes.predict import Predictions
 
 ProbeKind = Literal["operator", "layer", "window", "site", "all"]
 
@@ -37,7 +38,8 @@ class Measurements:
     (P, L, K, n): ``"kl"`` and ``"nll"`` are sums over the sample's scored positions in nats, ``"top1"`` is the number
     of positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
     of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
-    ``samples_requested``.
+    ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of which
+    only some were measured.
     """
 
     probes: tuple[Probe, ...]
@@ -53,6 +55,8 @@ class Measurements:
     samples_requested: int
     complete: bool
     provenance: dict[str, Any] = field(default_factory=dict)
+    predictions: Predictions | None = None
+    planned: tuple[Probe, ...] = ()
 
     @property
     def samples(self) -> int:

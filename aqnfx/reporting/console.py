@@ -45,7 +45,8 @@ def _ranking(smap: SensitivityMap, name: str, title: str, console: Console) -> T
     rows = smap.ranking.get(name, [])
     if not rows:
         return None
-    grid = _table(f"{title}s, degradation at {smap.base_level:g} (~ tied with the next, * not shown to differ from 0)")
+    extra = ", ^ predicted" if smap.method != "measure" else ""
+    grid = _table(f"{title}s, degradation at {smap.base_level:g} (~ tied with the next, * not shown to differ from 0{extra})")
     grid.add_column(title, overflow="fold", ratio=1, min_width=12)
     grid.add_column("", no_wrap=True)
     for heading in ("Lost", "Interval", "KL", "Score"):
@@ -53,7 +54,7 @@ def _ranking(smap: SensitivityMap, name: str, title: str, console: Console) -> T
     grid.add_column("Class", no_wrap=True)
     most = max((row["degradation"] or 0.0 for row in rows), default=0.0)
     for row in rows:
-        mark = ("" if row["distinguishable"] else "*") + ("~" if row["tied_with_next"] else "")
+        mark = _mark(row) + ("~" if row["tied_with_next"] else "")
         style = CLASS.get(row["class"], "dim")
         grid.add_row(
             Text(f"{row['key']}{' ' if mark else ''}{mark}"),
@@ -65,6 +66,12 @@ def _ranking(smap: SensitivityMap, name: str, title: str, console: Console) -> T
             Text(row["class"], style=style),
         )
     return grid
+
+
+def _mark(values: dict[str, Any]) -> str:
+    if values.get("estimated"):
+        return "^"
+    return "" if values["distinguishable"] else "*"
 
 
 def _bar(value: float | None, most: float, *, ascii_only: bool) -> str:
@@ -81,7 +88,8 @@ def _layers(smap: SensitivityMap) -> Table | None:
     more = f"; {left_out} less sensitive layers are in the report" if left_out else ""
     with_kl = len(smap.levels) <= 4
     values = "degradation, KL" if with_kl else "degradation"
-    grid = _table(f"Layers by noise level: {values} (* not distinguishable from 0){more}")
+    estimated = ", ^ predicted, not measured" if smap.method != "measure" else ""
+    grid = _table(f"Layers by noise level: {values} (* not distinguishable from 0{estimated}){more}")
     grid.add_column("Layer", overflow="fold")
     for level in smap.levels:
         grid.add_column(f"{level:g}", justify="right", no_wrap=True)
@@ -94,7 +102,7 @@ def _layers(smap: SensitivityMap) -> Table | None:
 def _heat(values: dict[str, Any] | None, *, with_kl: bool) -> Text:
     if not values or values["degradation"] is None:
         return Text("n/a", style="dim")
-    text = percent(values["degradation"]) + ("" if values["distinguishable"] else "*")
+    text = percent(values["degradation"]) + _mark(values)
     if with_kl:
         text += f" {nats(values['kl']):>8}"
     return Text(text, style=HEAT[classify_window(values["degradation"])])

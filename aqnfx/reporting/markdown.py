@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
+from aqnfx.reporting.prediction import prediction_section
 from aqnfx.reporting.summary import confidence_text
 from aqnfx.reporting.text import (
     MISSING,
@@ -35,6 +36,7 @@ def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
         _operators(smap, report),
         _layers(smap, report),
         _windows(smap, report),
+        prediction_section(smap, report, table),
         _recommendations(report),
         _method(smap),
         _pairs("Provenance", flatten({"model": report["model"]} | report["provenance"])),
@@ -76,7 +78,7 @@ def _operators(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         (
             row["rank"], row["key"], percent(row["degradation"]), percent_range(row["degradation_ci"]),
             nats(row["kl"]), nats_range(row["kl_ci"]), factor(row["score"]), row["class"],
-            "yes" if row["distinguishable"] else "no", _threshold(smap, limits.get(row["key"])), _tie(row),
+            _evidence(row), _threshold(smap, limits.get(row["key"])), _tie(row),
         )
         for row in rows
     ]  # fmt: skip
@@ -102,9 +104,10 @@ def _layers(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         limit = _threshold(smap, limits.get(key))
         body.append((key, *cells, row.get("rank", MISSING), row.get("class", MISSING), limit, _tie(row)))
     header = ("Layer", *(f"Level {level}" for level in keys), "Rank", "Class", "Level for 10 %", "Against the next")
+    estimated = "; (est.) predicted, not measured" if smap.method != "measure" else ""
     caption = (
         f"Degradation ± half the {confidence_text(smap)} interval, then KL in nats per token; rank and class at level "
-        f"{smap.base_level:g}; * not distinguishable from no effect."
+        f"{smap.base_level:g}; * not distinguishable from no effect{estimated}."
     )
     rows = table(header, body, right=(*range(1, len(keys) + 2), len(keys) + 3))
     return ["## Layers", "", md(caption), "", *rows]
@@ -115,8 +118,14 @@ def _cell(values: dict[str, Any] | None) -> str:
         return MISSING
     half = half_width(values["degradation_ci"])
     spread = "" if half is None else f" ± {percent(half).removesuffix(' %')}"
-    mark = "" if values["distinguishable"] else "*"
+    mark = " (est.)" if values.get("estimated") else "" if values["distinguishable"] else "*"
     return f"{percent(values['degradation']).removesuffix(' %')}{spread} %{mark}, {nats(values['kl'])}"
+
+
+def _evidence(row: dict[str, Any]) -> str:
+    if row.get("estimated"):
+        return "predicted, not measured"
+    return "yes" if row["distinguishable"] else "no"
 
 
 def _tie(row: dict[str, Any]) -> str:
@@ -176,11 +185,21 @@ def _method(smap: SensitivityMap) -> list[str]:
         f"{smap.samples} samples; scores are means over {len(smap.seeds)} noise seeds. Degradation is "
         f"{'the relative loss of exact matches' if degradation == 'exact_match' else '1 - top-1 agreement'}; the score "
         f"is degradation / level (above 3 critical, 1.5 to 3 moderate). Critical entries also have a score interval "
-        f"above 1.5 and are distinguishable from no effect. The prediction for a window is the sum of its layers "
-        f"measured alone."
+        f"above 1.5 and are distinguishable from no effect. {_prediction(smap)}"
     )
     values = {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "clean": smap.baseline}
     return ["## Method", "", md(text), "", *table(("Setting", "Value"), flatten(values))]
+
+
+def _prediction(smap: SensitivityMap) -> str:
+    if smap.method == "measure":
+        return "The prediction for a window is the sum of its layers measured alone."
+    return (
+        "Predictions are second order: half the level squared times the sum of (gradient x value) squared, with the "
+        "gradients of random projections of the logits whose covariance is the Fisher matrix of the output. A window is an "
+        "avalanche point when its measured KL exceeds its prediction by more than the interval of their ratio. Intervals "
+        "of estimated degradations carry the prediction's uncertainty, not that of the curve they are read off."
+    )
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> list[str]:

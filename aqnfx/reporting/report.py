@@ -11,11 +11,12 @@ from aqnfx.diagnosis.sensitivity import SCHEMA as MAP_SCHEMA
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.reporting.artifacts import check_output_dir, read_json, write_json, write_text
 from aqnfx.reporting.markdown import report_markdown
+from aqnfx.reporting.prediction import prediction_record
 from aqnfx.reporting.summary import model_name, summary_sentences
 
 SCHEMA = "aqnfx.diagnosis/1"
 FILES = {"map": "sensitivity_map.json", "report": "report.json", "markdown": "report.md"}
-COST_KEYS = ("seconds", "runs", "compile")
+COST_KEYS = ("seconds", "runs", "compile", "predict")
 
 
 def build_report(smap: SensitivityMap) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
         "critical_layers": smap.critical_layers,
         "avalanche_points": smap.avalanche_points,
         "critical_threshold": smap.critical_threshold,
+        "prediction": prediction_record(smap),
         "recommendations": [item.to_record() for item in recommend(smap)],
         "method": {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "baseline": smap.baseline},
         "notes": smap.notes,
@@ -78,5 +80,5 @@ def load_map(path: str | os.PathLike[str]) -> SensitivityMap:
 
 
 def _cell(values: dict[str, Any]) -> dict[str, Any]:
-    kept = ("degradation", "degradation_ci", "kl", "ci", "class", "distinguishable")
-    return {name: values.get(name) for name in kept}
+    kept = ("degradation", "degradation_ci", "kl", "ci", "class", "distinguishable", "estimated")
+    return {name: values[name] for name in kept if name in values}

@@ -6,6 +6,7 @@ from typing import Any
 
 from aqnfx.diagnosis.recommend import nothing_distinguishable
 from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.reporting.prediction import agreement_sentence, estimates_sentence
 from aqnfx.reporting.text import factor, factor_range, names, nats, nats_range, percent, percent_range, window_name
 
 
@@ -35,15 +36,16 @@ def summary_sentences(smap: SensitivityMap) -> list[str]:
         sentences += _most_sensitive(smap, one, many, smap.ranking.get(name, []))
     sentences += _windows(smap)
     sentences.append(_critical(smap))
-    return sentences
+    return [*sentences, *(s for s in (agreement_sentence(smap), estimates_sentence(smap)) if s is not None)]
 
 
 def _what_was_done(smap: SensitivityMap) -> str:
+    how = "predicted, and in part measured," if smap.method != "measure" else "perturbed"
     parts = [(len(smap.per_operator), "operator kind"), (len(smap.per_layer), "layer"), (len(smap.windows), "window")]
     probed = names([_plural(count, word) for count, word in parts if count]) or "no group of sites"
     levels = ", ".join(f"{level:g}" for level in smap.levels)
     return (
-        f"{probed} of {model_name(smap)} were perturbed with {smap.noise['kind']} noise at level {levels}, on "
+        f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on "
         f"{_plural(smap.samples, 'sample')} ({_plural(int(smap.task['tokens']), 'position')}) with "
         f"{_plural(len(smap.seeds), 'seed')}; ranges are {confidence_text(smap)} intervals at level "
         f"{smap.base_level:g}."

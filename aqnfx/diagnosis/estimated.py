@@ -1,0 +1,120 @@
+"""Rows for what was predicted and not measured: KL from the predictions, degradation by a fit through what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.stats import spearmanr
+
+from aqnfx.diagnosis.estimates import Array, SampleScores
+from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.probes.measurements import Measurements, Probe
+
+FAR = 0.25
+"""A prediction further than this from its measurement counts as one that second order does not explain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A monotone curve from KL (nats per token) to degradation: isotonic regression through measured points and (0, 0)."""
+
+    kl: Array
+    degradation: Array
+
+    @classmethod
+    def through(cls, kl: Array, degradation: Array) -> Fit:
+        """Fit through points of any shape; those that are not finite are left out."""
+        good = np.isfinite(kl) & np.isfinite(degradation)
+        order = np.argsort(kl[good], kind="stable")
+        x, y = kl[good][order], degradation[good][order]
+        if not len(x):
+            return cls(kl=np.zeros(1), degradation=np.zeros(1))
+        x, first = np.unique(np.maximum(x, 0.0), return_inverse=True)
+        weights = np.bincount(first).astype(np.float64)
+        means = np.bincount(first, weights=y) / weights
+        curve = np.maximum(isotonic_regression(means, weights=weights).x, 0.0)
+        return cls(kl=np.concatenate([[0.0], x]), degradation=np.concatenate([[0.0], curve]))
+
+    @property
+    def largest(self) -> float:
+        """The largest measured KL; beyond it the curve stays where it is."""
+        return float(self.kl[-1])
+
+    def __call__(self, kl: Any) -> Array:
+        """Return the degradation at ``kl``, interpolated between the measured points on a scale of √KL."""
+        # Small perturbations change logits in proportion to √KL, and argmaxes with them.
+        found = np.interp(np.sqrt(np.maximum(kl, 0.0)), np.sqrt(self.kl), self.degradation)
+        return np.asarray(np.where(np.isfinite(kl), found, np.nan), dtype=np.float64)
+
+
+def with_estimates(m: Measurements) -> tuple[Measurements, frozenset[int]]:
+    """Return ``m`` with a row for every planned probe, and which rows are estimates.
+
+    An estimated row has the predicted KL per sample and a loss proportional to it, so that the intervals of the loss are
+    those of the prediction; the uncertainty of the fit itself is not part of them. Without predictions ``m`` is returned
+    as it is.
+    """
+    predictions = m.predictions
+    missing = [p for p in m.planned if p not in set(m.probes)]
+    if predictions is None or not missing:
+        return m, frozenset()
+    scores = SampleScores.of(m)
+    tokens, base = scores.tokens, scores.loss_base
+    fit = Fit.through(scores.kl.sum(-1) / tokens.sum(), scores.loss.sum(-1) / base.sum())
+    accuracy = "exact_match" if scores.degradation_metric == "exact_match" else "top1"
+    n, shape = m.samples, (len(missing), len(m.levels), len(m.seeds), m.samples)
+    extra = {name: np.full(shape, np.nan) for name in m.scores}
+    for row, probe in enumerate(missing):
+        for column, level in enumerate(m.levels):
+            kl = predictions.kl(probe.sites, level)[:n]
+            total = float(kl.sum())
+            slope = float(fit(total / tokens.sum())) * base.sum() / total if total > 0 else 0.0
+            extra["kl"][row, column] = kl
+            extra[accuracy][row, column] = base - slope * kl
+            if accuracy != "top1":
+                extra["top1"][row, column] = np.nan
+    joined = {name: np.concatenate([values, extra[name]]) for name, values in m.scores.items()}
+    place = {probe: row for row, probe in enumerate((*m.probes, *missing))}
+    wanted = (*m.planned, *(p for p in m.probes if p not in set(m.planned)))
+    order = [place[probe] for probe in wanted]
+    rows = frozenset(row for row, probe in enumerate(wanted) if place[probe] >= len(m.probes))
+    return dataclasses.replace(m, probes=wanted, scores={k: v[order] for k, v in joined.items()}), rows
+
+
+def agreement(m: Measurements) -> dict[str, Any]:
+    """Return how predictions compare with what was measured, level by level.
+
+    Spearman's rank correlation and the median of predicted / measured over all measured probes with a measurable cost,
+    the share within 25 %, and the worst probe. ``second_order_fails`` says that the median is off by more than 25 %.
+    """
+    if m.predictions is None or not m.probes:
+        return {}
+    total, found = float(m.tokens.sum()), {}
+    for column, level in enumerate(m.levels):
+        measured = m.scores["kl"][:, column].mean(axis=1).sum(axis=-1) / total
+        predicted = np.array([m.predictions.kl(p.sites, level)[: m.samples].sum() for p in m.probes]) / total
+        good = np.isfinite(predicted) & (measured > 0) & (predicted > 0)
+        if good.sum() < 2:
+            continue
+        ratio = predicted[good] / measured[good]
+        kept = [p for p, ok in zip(m.probes, good, strict=True) if ok]
+        worst = int(np.argmax(np.abs(np.log(ratio))))
+        median = float(np.median(ratio))
+        found[level_key(level)] = {
+            "probes": int(good.sum()),
+            "spearman": float(spearmanr(predicted[good], measured[good]).statistic) if good.sum() > 2 else None,
+            "median_ratio": median,
+            "within_25_percent": float(np.mean(np.abs(ratio - 1.0) <= FAR)),
+            "worst": _worst(kept[worst], float(ratio[worst]), float(measured[good][worst])),
+            "second_order_fails": bool(abs(median - 1.0) > FAR),
+        }
+    return found
+
+
+def _worst(probe: Probe, ratio: float, measured: float) -> dict[str, Any]:
+    return {"kind": probe.kind, "key": probe.key, "ratio": ratio, "measured_kl": measured}
+

@@ -1,0 +1,93 @@
+"""Predictions as records: KL with intervals for probes and sites, channels, and what a reader has to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+
+from aqnfx.diagnosis.estimated import agreement
+from aqnfx.diagnosis.estimates import Options, ratios
+from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.probes.measurements import Measurements, Probe
+
+TOP_CHANNELS = 10
+
+
+def predicted_record(m: Measurements, probe: Probe, level: float, options: Options) -> dict[str, Any]:
+    """Return the predicted KL of a probe in nats per token with its bootstrap interval over samples."""
+    assert m.predictions is not None
+    kl = m.predictions.kl(probe.sites, level)[: m.samples]
+    found = ratios(kl[None], m.tokens.astype(np.float64), options)
+    return {"kl": float(found.value[0]), "ci": [float(found.low[0]), float(found.high[0])]}
+
+
+def site_predictions(m: Measurements, sites: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
+    """Return site -> level -> predicted KL with interval, or what stands in the way of one; empty without predictions."""
+    predictions = m.predictions
+    if predictions is None:
+        return {site: {} for site in sites}
+    unit = np.stack([predictions.kl([site], 1.0)[: m.samples] for site in sites])
+    found = ratios(unit, m.tokens.astype(np.float64), options)
+    records: dict[str, dict[str, Any]] = {}
+    for row, site in enumerate(sites):
+        records[site] = {
+            level_key(level): {
+                "kl": level**2 * float(found.value[row]),
+                "ci": [level**2 * float(found.low[row]), level**2 * float(found.high[row])],
+            }
+            for level in m.levels
+        }
+        if site in predictions.unreached:
+            records[site] = {
+                level_key(level): {"kl": None, "ci": [None, None], "why": "no path to the output"} for level in m.levels
+            }
+    return records
+
+
+def channel_records(m: Measurements, options: Options) -> dict[str, Any]:
+    """Return per site the channels with the highest predicted KL at the base level: [channel, KL, low, high], nats per token.
+
+    Intervals are normal, with the standard error over samples.
+    """
+    if m.predictions is None:
+        return {}
+    z = float(norm.isf((1.0 - options.confidence) / 2.0))
+    records = {}
+    for site in m.predictions.channels:
+        kl, error = m.predictions.channel_kl(site, m.base_level)
+        top = np.argsort(-kl, kind="stable")[:TOP_CHANNELS]
+        total = float(kl.sum())
+        records[site] = {
+            "channels": len(kl),
+            "top": [
+                [int(c), float(kl[c]), max(0.0, float(kl[c] - z * error[c])), float(kl[c] + z * error[c])] for c in top
+            ],
+            "top_share": float(kl[top].sum()) / total if total > 0 else None,
+        }
+    return records
+
+
+def prediction_notes(m: Measurements) -> list[str]:
+    """Say where the predictions do not hold, or cannot be made."""
+    if m.predictions is None:
+        return []
+    notes = []
+    if gone := m.predictions.unreached:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        notes.append(f"{gone[0]}{more} have no path to the output: nothing is predicted there.")
+    for level, found in agreement(m).items():
+        if found["second_order_fails"]:
+            notes.append(
+                f"At level {level} the median of predicted / measured KL is {found['median_ratio']:.2f}: the noise is too "
+                "large for a second-order prediction; read the measured values there."
+            )
+    estimates = len(set(m.planned) - set(m.probes))
+    if estimates:
+        notes.append(
+            f"{estimates} of {len(m.planned)} operators, layers and windows were predicted and not measured; their "
+            "degradation is read off a monotone curve through the measured ones and marked as an estimate."
+        )
+    return notes

@@ -1,0 +1,108 @@
+"""What was predicted, and how it compares with what was measured: report sections and one sentence for the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.reporting.text import MISSING, factor, names, nats, nats_range, percent
+
+TOP_SITES, TOP_CHANNEL_SITES = 15, 10
+Table = Callable[..., list[str]]
+
+
+def prediction_record(smap: SensitivityMap) -> dict[str, Any]:
+    """Return the top sites and channels by predicted KL at the base level, and the agreement; empty without predictions."""
+    if not smap.agreement and not smap.channels:
+        return {}
+    key = smap.base_key
+    known = [s for s in smap.per_site if s.get("predicted", {}).get(key, {}).get("kl") is not None]
+    top = sorted(known, key=lambda s: -float(s["predicted"][key]["kl"]))[:TOP_SITES]
+    return {
+        "agreement": smap.agreement,
+        "sites": [
+            {
+                "id": s["id"], "layer": s["layer"], "predicted": s["predicted"][key],
+                "measured": {k: s["measured"][key][k] for k in ("kl", "ci")} if key in s["measured"] else None,
+            }
+            for s in top
+        ],
+        "sites_predicted": len(known),
+        "channels": _channel_rows(smap),
+    }  # fmt: skip
+
+
+def _channel_rows(smap: SensitivityMap) -> list[dict[str, Any]]:
+    rows = [
+        {"site": site, "channel": c, "kl": kl, "ci": [low, high], "channels": entry["channels"]}
+        for site, entry in smap.channels.items()
+        for c, kl, low, high in entry.get("top", ())
+    ]
+    return sorted(rows, key=lambda row: -float(row["kl"]))[:TOP_CHANNEL_SITES]
+
+
+def agreement_sentence(smap: SensitivityMap) -> str | None:
+    """Say how far the predictions can be trusted at the base level, or None without a comparison."""
+    found = smap.agreement.get(smap.base_key)
+    if not found:
+        return None
+    rank = "" if found["spearman"] is None else f"Spearman {found['spearman']:.3f}, "
+    worst = found["worst"]
+    return (
+        f"Predictions were checked on {found['probes']} measured probes: {rank}median predicted / measured KL "
+        f"{factor(found['median_ratio'])}, {percent(found['within_25_percent'])} within 25 %; worst {worst['kind']} "
+        f"{worst['key']} ({factor(worst['ratio'])})."
+    )
+
+
+def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Table) -> list[str]:
+    """Return the lines of the report on predictions; ``table`` makes Markdown tables of escaped cells."""
+    record = report.get("prediction") or {}
+    if not record:
+        return []
+    lines = ["## Predictions against measurements", ""]
+    lines += table(
+        ("Level", "Measured probes", "Spearman", "Median ratio", "Within 25 %", "Worst", "Its ratio", "Second order"),
+        [_agreement_row(level, found) for level, found in record["agreement"].items()],
+        right=(1, 2, 3, 4, 6),
+    )
+    lines += ["", f"### Sites with the highest predicted cost at level {smap.base_level:g}", ""]
+    lines += table(
+        ("Site", "Predicted KL (nats/token)", "Interval", "Measured KL", "Interval"),
+        [_site_row(row) for row in record["sites"]],
+        right=(1, 3),
+    )
+    if record["channels"]:
+        lines += ["", f"### Channels with the highest predicted cost at level {smap.base_level:g}", ""]
+        lines += table(
+            ("Site", "Channel", "Of", "Predicted KL (nats/token)", "Interval"),
+            [(r["site"], r["channel"], r["channels"], nats(r["kl"]), nats_range(r["ci"])) for r in record["channels"]],
+            right=(1, 2, 3),
+        )
+    return lines
+
+
+def _agreement_row(level: str, found: dict[str, Any]) -> Sequence[Any]:
+    rank = MISSING if found["spearman"] is None else f"{found['spearman']:.3f}"
+    worst = found["worst"]
+    verdict = "fails: noise too large" if found["second_order_fails"] else "holds"
+    return (
+        level, found["probes"], rank, factor(found["median_ratio"]), percent(found["within_25_percent"]),
+        f"{worst['kind']} {worst['key']}", factor(worst["ratio"]), verdict,
+    )  # fmt: skip
+
+
+def _site_row(row: dict[str, Any]) -> Sequence[Any]:
+    measured = row["measured"] or {}
+    return (
+        row["id"], nats(row["predicted"]["kl"]), nats_range(row["predicted"]["ci"]),
+        nats(measured["kl"]) if measured else "not measured", nats_range(measured.get("ci")) if measured else MISSING,
+    )  # fmt: skip
+
+
+def estimates_sentence(smap: SensitivityMap) -> str | None:
+    """Name the operators and layers whose numbers are estimates, or None where there are none."""
+    found = [f"{one} {row['key']}" for one, name in (("operator", "operators"), ("layer", "layers"))
+             for row in smap.ranking.get(name, []) if row.get("estimated")]  # fmt: skip
+    return f"Predicted and not measured: {names(found)}." if found else None
