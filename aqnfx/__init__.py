@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from aqnfx.diagnosis.activation_capture import ActivationCapture as ActivationCapture
     from aqnfx.diagnosis.diagnose import diagnose as diagnose
     from aqnfx.diagnosis.sensitivity import SensitivityMap as SensitivityMap
     from aqnfx.errors import AqnfxError as AqnfxError
@@ -31,6 +32,7 @@ _LAZY = {
     "Pipeline": "aqnfx.passes.pipeline",
     "diagnose": "aqnfx.diagnosis.diagnose",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",
+    "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",
     "relative_degradation": "aqnfx.numerics.metrics",
     "noise_tolerance_index": "aqnfx.numerics.metrics",

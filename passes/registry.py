@@ -15,6 +15,7 @@ BUILTIN = {
     "decompose-attention": "aqnfx.passes.decompose_attention:DecomposeAttention",
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
     "insert-score": "aqnfx.passes.insert_score:InsertScore",
+    "insert-capture": "aqnfx.passes.insert_capture:InsertCapture",
     "lower-ops": "aqnfx.passes.lower_ops:LowerOps",
     "strip": "aqnfx.passes.strip:Strip",
 }

@@ -65,6 +65,8 @@ def command(
     probes: str = typer.Option("operator,layer,window,all", help="What to probe; also: site."),
     method: str = typer.Option("measure", help="predict, measure or both."),
     draws: int = typer.Option(8, help="Projection draws of the prediction."),
+    checkpoint: bool = typer.Option(False, "--checkpoint", help="Predict with block boundaries kept only: less memory."),
+    metric: str = typer.Option(None, help="Also per weight: fisher-trace or hessian-trace."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     batch_size: int = typer.Option(32, help="Samples per forward pass."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
@@ -85,6 +87,7 @@ def command(
         levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
         seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise,
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
+        checkpoint=checkpoint, metric=metric,
         compile=compile_mode, batch_size=batch_size,
         max_length=max_length, text_field=text_field, pack=pack, device=device,
     )  # fmt: skip

@@ -19,8 +19,10 @@ from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Data, Prepared, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
 from aqnfx.probes.data import data_digest
 from aqnfx.probes.forward import Forward, compiled_forward, eager_forward
@@ -28,6 +30,7 @@ from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
 
 def diagnose(
@@ -104,16 +107,35 @@ def run(
         if keep is not None:
             keep.close()
     found = found if ready.causal else _without_nll(found)
+    traces = _weight_traces(ready, options, predictions, tell)
+    found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
     return found if predictions is None else dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+
+
+def _weight_traces(
+    ready: Prepared, options: Options, predictions: Predictions | None, tell: Any
+) -> tuple[WeightTrace, ...]:
+    """Return the classical metric per weight that was asked for."""
+    if options.metric is None:
+        return ()
+    tell(options.metric)
+    if options.metric == "fisher-trace":
+        return fisher_traces(predictions or _predict(ready, options, None), ready.program)
+    fused = any(site.op == OpKind.SDPA for site in ready.program.sites)
+    again = 'decompose-attention{where="ops:softmax"},tag-ops'
+    program = Pipeline.parse(again)(ready.program) if fused else ready.program  # fused kernels have no second derivative
+    return hessian_traces(program, eager_forward(program), ready.batches(options), draws=options.draws, seed=options.seed)
 
 
 def _predict(ready: Prepared, options: Options, progress: Progress | None) -> Predictions:
     """Predict every site; the score nodes and all they hold are gone when this returns."""
     samples = len(ready.encoded)
-    insert = f'insert-score{{where="{options.where}" kind={options.noise} samples={samples} draws={options.draws}}}'
+    insert = f'insert-score{{where="{options.where}" kind={options.noise} samples={samples} draws={options.draws}'
+    insert += f" weights={str(options.metric == 'fisher-trace').lower()}}}"
     scored = Pipeline.parse(insert)(ready.program)
+    forward = eager_forward(checkpointed(scored) if options.checkpoint else scored)
     return predict(
-        scored, eager_forward(scored), ready.batches(options), draws=options.draws, seed=options.seed, progress=progress
+        scored, forward, ready.batches(options), draws=options.draws, seed=options.seed, progress=progress
     )
 
 

@@ -17,6 +17,7 @@ from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import wilson
 from aqnfx.probes.measurements import Measurements, ProbeKind
+from aqnfx.probes.traces import SOURCES
 
 
 def interpret(
@@ -76,6 +77,7 @@ def interpret(
         },
         "method": "measure" if m.predictions is None else "predict and measure",
         "agreement": agreement(measurements),
+        "weights": _weights(m),
         "channels": channel_records(m, options),
         "notes": _notes(m, scores, est) + prediction_notes(measurements),
         "provenance": dict(m.provenance),
@@ -145,6 +147,17 @@ def _baseline(m: Measurements, options: Options) -> dict[str, Any]:
             "accuracy_ci": [float(found.low), float(found.high)],
         }
     return baseline
+
+
+def _weights(m: Measurements) -> dict[str, Any]:
+    """Return the classical metric of every weight, largest first; empty where none was asked for."""
+    if m.weight_metric is None:
+        return {}
+    ranked = sorted(m.weights, key=lambda trace: -trace.value if np.isfinite(trace.value) else np.inf)
+    return {
+        "metric": m.weight_metric, "source": SOURCES[m.weight_metric],
+        "values": {trace.name: trace.to_record() for trace in ranked},
+    }  # fmt: skip
 
 
 def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:

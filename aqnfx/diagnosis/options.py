@@ -13,6 +13,7 @@ from aqnfx.numerics.noise import NoiseKind
 from aqnfx.probes.measurements import ProbeKind
 from aqnfx.probes.plan import PROBE_KINDS
 from aqnfx.probes.tasks import TASKS
+from aqnfx.probes.traces import METRICS
 
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
@@ -30,7 +31,9 @@ class Options:
     ``compile`` is "yes" (Inductor for the whole graph), "no" (PyTorch operations one by one), or "auto" (compile what
     pays for the projected work). ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
     with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
-    top probes, a random sample of the others, and the windows around critical layers). ``probes`` are kinds of
+    top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps only block
+    boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or "hessian-trace".
+    ``probes`` are kinds of
     :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that cannot
     be meant.
     """
@@ -49,6 +52,8 @@ class Options:
     probes: tuple[ProbeKind, ...] = ("operator", "layer", "window", "all")
     method: str = "measure"
     draws: int = 8
+    checkpoint: bool = False
+    metric: str | None = None
     compile: str = "auto"
     batch_size: int = 32
     max_length: int | None = None
@@ -72,6 +77,8 @@ class Options:
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)
+        if self.metric is not None:
+            _one_of("metric", self.metric, METRICS)
         self._set("levels", _levels(self.levels))
         self._set("probes", _words("probes", self.probes))
         for kind in self.probes:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.windows import ONE_PASS
 
 Subject = Literal["operator", "layer", "window", "run"]
 ACTIONS = {
@@ -131,16 +132,19 @@ def _grouped(smap: SensitivityMap, subject: Subject, rows: list[dict[str, Any]])
 def _window(window: dict[str, Any]) -> Recommendation | None:
     if window.get("class") not in ("avalanche", "high"):
         return None
-    if window.get("avalanche"):
-        reason = "together these layers lose more than 15 %"
-    elif window["class"] == "avalanche":
-        reason = "together these layers lose more than 15 % by estimate, not distinguishable from no effect"
-    else:
+    if window["class"] == "high":
         reason = "together these layers lose 10 to 15 %"
+    elif window["distinguishable"]:
+        reason = "together these layers lose more than 15 %"
+    elif window.get("estimated"):
+        reason = "together these layers lose more than 15 % by prediction, not measured"
+    else:
+        reason = "together these layers lose more than 15 % by estimate, not distinguishable from no effect"
     ratio, (low, high) = window["amplification"], window.get("amplification_ci") or (None, None)
     if ratio is not None and low is not None and high is not None:
-        verdict = "more than their sum" if window.get("superadditive") else "not shown to exceed their sum"
-        reason += f"; {ratio:.2f} times the sum of the single layers ({low:.2f} to {high:.2f}): {verdict}"
+        whole = "their prediction" if window.get("predicted_from") == ONE_PASS else "the sum of the single layers"
+        verdict = "more than independent errors" if window.get("superadditive") else "not shown to exceed independent errors"
+        reason += f"; {ratio:.2f} times {whole} ({low:.2f} to {high:.2f}): {verdict}"
     return Recommendation(
         priority=1 if window.get("avalanche") else 2, subject="window",
         targets=tuple(str(layer) for layer in window["layers"]), reason=reason,

@@ -49,6 +49,7 @@ class SensitivityMap:
     critical_threshold: dict[str, Any] = field(default_factory=dict)
     method: str = "measure"
     agreement: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from aqnfx.graph.sites import Site
 from aqnfx.probes.predict import Predictions
+from aqnfx.probes.traces import WeightTrace
 
 ProbeKind = Literal["operator", "layer", "window", "site", "all"]
 
@@ -39,7 +40,7 @@ class Measurements:
     of positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
     of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
     ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of which
-    only some were measured.
+    only some were measured. ``weights`` holds the classical metric ``weight_metric`` of every parameter.
     """
 
     probes: tuple[Probe, ...]
@@ -57,6 +58,8 @@ class Measurements:
     provenance: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
     planned: tuple[Probe, ...] = ()
+    weight_metric: str | None = None
+    weights: tuple[WeightTrace, ...] = ()
 
     @property
     def samples(self) -> int:

@@ -9,7 +9,7 @@ pass serves all sites. Signs instead of normal v have the same mean and less var
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -104,7 +104,7 @@ class Predictions:
 def predict(
     program: Program,
     forward: Forward,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     *,
     draws: int = 4,
     seed: int = 0,
@@ -121,6 +121,7 @@ def predict(
     """
     if draws < 1:
         raise InputError(f"draws {draws} must be at least 1")
+    batches = tuple(batches)
     if not batches:
         raise InputError("there are no samples to predict on")
     buffers = ScoreBuffers.of(program.module)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
-from aqnfx.reporting.prediction import prediction_section
+from aqnfx.reporting.prediction import prediction_section, weight_section
 from aqnfx.reporting.summary import confidence_text
 from aqnfx.reporting.text import (
     MISSING,
@@ -37,6 +37,7 @@ def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
         _layers(smap, report),
         _windows(smap, report),
         prediction_section(smap, report, table),
+        weight_section(report, table),
         _recommendations(report),
         _method(smap),
         _pairs("Provenance", flatten({"model": report["model"]} | report["provenance"])),

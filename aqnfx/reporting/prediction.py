@@ -8,7 +8,7 @@ from typing import Any
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.reporting.text import MISSING, factor, names, nats, nats_range, percent
 
-TOP_SITES, TOP_CHANNEL_SITES = 15, 10
+TOP_SITES, TOP_CHANNEL_SITES, TOP_WEIGHTS = 15, 10, 15
 Table = Callable[..., list[str]]
 
 
@@ -81,6 +81,21 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
             right=(1, 2, 3),
         )
     return lines
+
+
+def weight_section(report: dict[str, Any], table: Table) -> list[str]:
+    """Return the lines on the classical metric per weight, largest first."""
+    record = report.get("weights") or {}
+    if not record:
+        return []
+    rows = [
+        (name, nats(v["value"]), MISSING if v["error"] is None else nats(v["error"]), nats(v["mean"]), v["size"])
+        for name, v in list(record["values"].items())[:TOP_WEIGHTS]
+    ]
+    header = ("Weight", "Trace (nats/token)", "Standard error", "Per element", "Elements")
+    more = len(record["values"]) - len(rows)
+    lines = [f"## Weights by {record['metric']}", "", f"{record['source']}."]
+    return [*lines, "", *table(header, rows, right=(1, 2, 3, 4)), *(["", f"{more} more are in the map."] if more > 0 else [])]
 
 
 def _agreement_row(level: str, found: dict[str, Any]) -> Sequence[Any]:

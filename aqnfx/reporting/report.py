@@ -43,6 +43,7 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
         "avalanche_points": smap.avalanche_points,
         "critical_threshold": smap.critical_threshold,
         "prediction": prediction_record(smap),
+        "weights": smap.weights,
         "recommendations": [item.to_record() for item in recommend(smap)],
         "method": {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "baseline": smap.baseline},
         "notes": smap.notes,

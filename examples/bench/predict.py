@@ -66,7 +66,7 @@ def main() -> None:
     program = Pipeline.parse('tag-layers,decompose-attention{where="ops:extended"},tag-ops')(trace("tinygsm"))
     tokenizer = load_tokenizer("tinygsm")
     encoded, _ = load_samples(embedded_problems(), tokenizer, samples=arguments.samples, max_length=256)
-    batches = make_batches(encoded, batch_size=arguments.samples, pad_id=0)
+    batches = list(make_batches(encoded, batch_size=arguments.samples, pad_id=0))
     extended = [s.id for s in program.sites if s.op in ("linear", "matmul", "bmm", "softmax", "silu", "gelu", "rms_norm")]
     every = [s.id for s in program.sites if s.region != "position"]
     choices = {

@@ -76,9 +76,56 @@ def sweep(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def agreement(record: dict[str, Any]) -> str:
+    setting = record["setting"]
+    lines = [
+        "## Predicted against measured: `python examples/bench/agreement.py`",
+        "",
+        described(record) + f" {setting['samples']} samples of at most {setting['length']} tokens, noise"
+        f" `relative_gaussian` at one core site (linear, matmul, bmm) at a time; {setting['draws']} projection draws against"
+        f" {setting['seeds']} noise seeds. Ratios are predicted / measured KL. Of models trained by the benchmark the loss"
+        " is in nats per character.",
+        "",
+        "| model | σ | sites | Spearman | median ratio | within 25 % | worst site (ratio) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, model in record["models"].items():
+        title = name + (f" (loss {model['loss']:.2f})" if "loss" in model else "")
+        for level, row in model["levels"].items():
+            rank = "" if row["spearman"] is None else f"{row['spearman']:.4f}"
+            lines.append(
+                f"| {title} | {level} | {row['probes']} | {rank} | {row['median_ratio']:.3f} |"
+                f" {row['within_25_percent']:.1%} | `{row['worst']['key']}` ({row['worst']['ratio']:.2f}) |"
+            )
+    lines += [
+        "",
+        "Where second order fails: the same points of all models and levels, by the size of the predicted KL:",
+        "",
+        "| predicted KL, nats per token | points | median ratio | within 25 % |",
+        "|---|---|---|---|",
+    ]
+    for row in record["by_predicted_kl"]:
+        size = f"above {row['from']:g}" if row["to"] is None else f"{row['from']:g} to {row['to']:g}"
+        lines.append(f"| {size} | {row['points']} | {row['median_ratio']:.3f} | {row['within_25_percent']:.1%} |")
+    lines += [
+        "",
+        "Noise on one channel alone (σ = 0.1), channels evenly spread over the ranks of their predicted KL:",
+        "",
+        "| model | site | channels | Spearman | median ratio | within 25 % | largest / smallest KL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, model in record["models"].items():
+        for row in model["channels"]:
+            lines.append(
+                f"| {name} | `{row['site']}` | {row['channels']} | {row['spearman']:.4f} | {row['median_ratio']:.3f} |"
+                f" {row['within_25_percent']:.0%} | {row['largest_over_smallest']:.3g} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = [_HEAD]
-    for name, section in (("noise", noise), ("sweep", sweep)):
+    for name, section in (("noise", noise), ("sweep", sweep), ("agreement", agreement)):
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))) + "\n")

@@ -17,6 +17,7 @@ from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
+from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.predict import Predictions, predict, projection
 from tests.graph.small import generator, seeded, traced
 
@@ -350,3 +351,35 @@ def test_misuse_is_refused(tagged):
     with pytest.raises(PassError, match="it has run already"):
         Pipeline.parse("insert-score")(program)
 
+
+
+def test_checkpointing_changes_the_memory_and_nothing_else(tagged):
+    program = scored(tagged, samples=4, draws=3, perturb="bias", weights=True)
+    batch, kept = points(), {}
+
+    def run_with(running: Program) -> Predictions:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            found = predict(program, lambda b: running(x=b.x.double()), [batch], draws=3)  # type: ignore[arg-type, list-item]
+        kept[running is program] = sum(sizes.values())
+        return found
+
+    plain, light = run_with(program), run_with(checkpointed(program))
+    assert np.array_equal(plain.costs, light.costs)
+    assert np.array_equal(plain.sketch, light.sketch)
+    for name, values_ in plain.weights.items():
+        assert np.array_equal(values_, light.weights[name])
+    assert kept[False] < kept[True]
+
+
+def test_checkpointing_needs_layers():
+    import aqnfx
+
+    flat = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(nn.Linear(8, 8), ((torch.randn(2, 8),), {})))
+    with pytest.raises(ModelError, match="needs layers to cut between"):
+        checkpointed(flat)

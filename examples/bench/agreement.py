@@ -1,0 +1,391 @@
+"""Predicted against measured KL, site by site and channel by channel, on trained models: where the prediction holds.
+
+    python examples/bench/agreement.py [MODEL ...] [--data FILE] [--train gpt2,gemma3_text,mixtral] [--quick] [--out FILE]
+
+MODEL is "tinygsm" or a Hugging Face directory, whose samples come from --data. The models of --train are small ones,
+trained here for one or two minutes each on the embedded word problems. The levels 0.3 and 0.5 show where second order
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import finish
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from aqnfx import Pipeline, Program
+from aqnfx.data import embedded_problems
+from aqnfx.diagnosis.estimated import agreement
+from aqnfx.diagnosis.options import Options
+from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.selector import Selector
+from aqnfx.probes.data import Batch, load_examples
+from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.measure import Sweep, measure
+from aqnfx.probes.measurements import Measurements, Probe
+from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.samples import load_tokenizer
+
+Array = NDArray[np.float64]
+
+SPEARMAN = 0.99
+MEDIAN = (0.9, 1.1)
+WITHIN_25_PERCENT = 0.9
+CHANNEL_SPEARMAN = 0.95
+HELD_OUT = 64  # problems that no training sees; the samples are the first of them
+SIZES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of predicted KL, nats per token
+
+
+# Small trained models ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a small model is made: its width and number of layers, the steps and the problems per step."""
+
+    layers: Mapping[str, int]
+    hidden: int = 64
+    steps: int = 400
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+
+
+# As many layers as give at least 46 core sites, the number of the five-layer llama models.
+FULL = Training(layers={"gpt2": 8, "gemma3_text": 5, "mixtral": 4})
+BRIEF = Training(layers={"gpt2": 2, "gemma3_text": 2, "mixtral": 2}, hidden=32, steps=20, batch_size=8)
+
+
+def configuration(kind: str, vocabulary: int, training: Training) -> Any:
+    """Return the configuration of a small model of the model type ``kind``, with heads of 16 dimensions."""
+    import transformers
+
+    hidden, layers = training.hidden, training.layers[kind]
+    common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "gpt2":
+        options = {
+            "n_embd": hidden, "n_layer": layers, "n_head": hidden // 16, "n_positions": 256, "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        }  # fmt: skip
+    else:
+        options = {
+            "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 2 * hidden, "head_dim": 16,
+            "num_attention_heads": hidden // 16, "num_key_value_heads": hidden // 32, "max_position_embeddings": 256,
+        }  # fmt: skip
+    options |= {"gemma3_text": {"sliding_window": 32}, "mixtral": {"num_local_experts": 4}}.get(kind, {})
+    return transformers.AutoConfig.for_model(kind, **common, **options)
+
+
+def train(kind: str, training: Training, *, length: int = 160) -> tuple[torch.nn.Module, float]:
+    """Return a model of the type ``kind`` trained on the embedded problems, and the mean loss of its last steps.
+
+    The loss is in nats per character. Seeded; the first ``HELD_OUT`` problems are left out.
+    """
+    import transformers
+
+    tokenizer = load_tokenizer(EMBEDDED)
+    texts = problem_texts()[HELD_OUT:]
+    ids = tokenizer(texts, padding=True, truncation=True, max_length=length, padding_side="right", return_tensors="pt")
+    losses = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(configuration(kind, len(tokenizer), training)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=training.steps)
+        for _ in range(training.steps):
+            rows = torch.randint(len(texts), (training.batch_size,))
+            chosen, mask = ids.input_ids[rows], ids.attention_mask[rows]
+            labels = chosen.masked_fill(mask == 0, -100)
+            loss = model(input_ids=chosen, attention_mask=mask, labels=labels, use_cache=False).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    return model.eval(), float(np.mean(losses[-max(1, training.steps // 20) :]))
+
+
+def problem_texts() -> list[str]:
+    """Return the embedded problems with their answers, as texts of which every token is scored."""
+    return [example.text for example in load_examples(embedded_problems())]
+
+
+# Predicting and measuring --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How much is measured: samples of at most ``length`` tokens, levels, seeds, and at most ``sites`` sites.
+
+    ``beyond`` are levels at which second order is not expected to hold. ``compiled`` runs noise in one Inductor kernel.
+    """
+
+    samples: int = 32
+    length: int = 160
+    levels: tuple[float, ...] = (0.01, 0.05, 0.1)
+    beyond: tuple[float, ...] = (0.3, 0.5)
+    draws: int = 8
+    seeds: int = 2
+    sites: int | None = None
+    channel_sites: int = 3
+    channels: int = 20
+    compiled: bool = True
+
+
+QUICK = Setting(
+    samples=4, length=48, levels=(0.05,), beyond=(0.5,), draws=2, seeds=1, sites=6, channel_sites=1, channels=3,
+    compiled=False,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model made ready twice: with score nodes and with noise nodes at the same sites."""
+
+    scored: Program
+    noisy: Program
+    probes: tuple[Probe, ...]
+    batches: Sequence[Batch]
+    setting: Setting
+
+    @classmethod
+    def of(cls, model: Any, data: Path | Sequence[str], setting: Setting, *, tokenizer: Any = None) -> Subject:
+        """Prepare ``model`` (a directory, a name or a module) on a file of running text, or on texts of one sample each."""
+        options = Options(
+            samples=setting.samples, batch_size=setting.samples, max_length=setting.length, ops="core", task="kl",
+            pack=isinstance(data, Path),
+        )  # fmt: skip
+        ready = prepare(model, data, options, tokenizer=tokenizer, tell=lambda _: None)
+        every = [probe.key for probe in plan_probes(ready.program, Selector.parse(options.where), kinds=("site",))]
+        where = f"sites:{'|'.join(spread(every, setting.sites))}"
+        score = f'insert-score{{where="{where}" samples={len(ready.encoded)} draws={setting.draws}}}'
+        noise = f'insert-noise{{where="{where}" compiled={str(setting.compiled).lower()}}}'
+        return cls(
+            scored=Pipeline.parse(score)(ready.program), noisy=Pipeline.parse(noise)(ready.program),
+            probes=plan_probes(ready.program, Selector.parse(where), kinds=("site",)), batches=ready.batches(options),
+            setting=setting,
+        )  # fmt: skip
+
+    def predict(self, seed: int = 0) -> Predictions:
+        """Predict every site; other seeds have other draws."""
+        return predict(self.scored, eager_forward(self.scored), self.batches, draws=self.setting.draws, seed=seed)
+
+    def measure(self, probes: Sequence[Probe], levels: tuple[float, ...]) -> Measurements:
+        """Measure ``probes`` one by one."""
+        seeds = tuple(range(self.setting.seeds))
+        plan = Sweep(probes=tuple(probes), levels=levels, seeds=seeds, base_level=levels[0], task="kl")
+        return measure(self.noisy, eager_forward(self.noisy), self.batches, plan)
+
+    def channels(self, predictions: Predictions, site: str, level: float = 0.1) -> tuple[list[int], Array, Array]:
+        """Return channels of ``site`` evenly spread over the ranks of their predicted KL, that KL, and the measured one.
+
+        KL is in nats per token, of noise of ``level`` on the one channel alone.
+        """
+        predicted = predictions.channel_kl(site, level)[0]
+        order = [int(c) for c in np.argsort(predicted) if predicted[c] > 0]
+        chosen = spread(order, self.setting.channels)
+        probe, controls, measured = Probe(kind="site", key=site, sites=(site,)), self.noisy.controls, []
+        try:
+            for channel in chosen:
+                controls.set_channels(site, [channel])
+                measured.append(float(kl_per_token(self.measure([probe], (level,))).mean()))
+        finally:
+            controls.set_channels(site, None)
+        return chosen, predicted[chosen], np.array(measured)
+
+
+def spread(values: Sequence[Any], count: int | None) -> list[Any]:
+    """Return ``count`` of ``values`` at even distances, the first and the last among them; all where there are fewer."""
+    if count is None or count >= len(values):
+        return list(values)
+    return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
+
+
+def kl_per_token(m: Measurements) -> Array:
+    """Return the measured KL in nats per token, (probes, levels, seeds)."""
+    return np.asarray(m.scores["kl"].sum(axis=-1) / m.tokens.sum())
+
+
+def predicted_per_token(m: Measurements, predictions: Predictions) -> Array:
+    """Return the predicted KL in nats per token, (probes, levels)."""
+    rows = [[predictions.kl(p.sites, level).sum() for level in m.levels] for p in m.probes]
+    return np.asarray(rows) / m.tokens.sum()
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def misses(found: Mapping[str, Any]) -> list[str]:
+    """Return which criteria one level of :func:`aqnfx.diagnosis.estimated.agreement` does not meet."""
+    checks = {
+        "spearman": found["spearman"] is not None and found["spearman"] >= SPEARMAN,
+        "median ratio": MEDIAN[0] <= found["median_ratio"] <= MEDIAN[1],
+        "within 25 %": found["within_25_percent"] >= WITHIN_25_PERCENT,
+    }
+    return [name for name, met in checks.items() if not met]
+
+
+def by_size(predicted: Array, measured: Array) -> list[dict[str, Any]]:
+    """Return, per range of predicted KL in nats per token, points, median of predicted / measured, share within 25 %."""
+    rows = []
+    for low, high in itertools.pairwise(SIZES):
+        chosen = (predicted >= low) & (predicted < high) & (measured > 0)
+        if chosen.any():
+            ratio = predicted[chosen] / measured[chosen]
+            rows.append({
+                "from": low, "to": high if math.isfinite(high) else None, "points": int(chosen.sum()),
+                "median_ratio": float(np.median(ratio)), "within_25_percent": float(np.mean(np.abs(ratio - 1) <= 0.25)),
+            })  # fmt: skip
+    return rows
+
+
+def noise_of(m: Measurements, predictions: Predictions, redrawn: Predictions) -> dict[str, Any]:
+    """Return the median relative difference between two sets of draws, and per level that between two seeds."""
+    first, second = (predicted_per_token(m, p)[:, 0] for p in (predictions, redrawn))
+    measured = kl_per_token(m)
+    seeds = {}
+    if len(m.seeds) > 1:
+        for column, level in enumerate(m.levels):
+            one, two = measured[:, column, 0], measured[:, column, 1]
+            seeds[level_key(level)] = {
+                "spearman": float(spearmanr(one, two).statistic), "difference": float(np.median(np.abs(one / two - 1)))
+            }  # fmt: skip
+    return {"draws": float(np.median(np.abs(first / second - 1))), "seeds": seeds}
+
+
+def compare(subject: Subject) -> tuple[dict[str, Any], Array, Array]:
+    """Return the comparison of one model, and the predicted and measured KL behind it, (sites, levels)."""
+    setting, started = subject.setting, time.perf_counter()
+    predictions = subject.predict()
+    m = dataclasses.replace(subject.measure(subject.probes, setting.levels + setting.beyond), predictions=predictions)
+    levels = agreement(m)
+    for level in setting.levels:
+        levels[level_key(level)]["misses"] = misses(levels[level_key(level)])
+    predicted, measured = predicted_per_token(m, predictions), kl_per_token(m).mean(axis=-1)
+    record = {
+        "sites": len(subject.probes), "tokens": int(m.tokens.sum()), "levels": levels,
+        "noise": noise_of(m, predictions, subject.predict(seed=1)), "by_predicted_kl": by_size(predicted, measured),
+        "channels": [compare_channels(subject, predictions, site) for site in channel_sites(subject)],
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    return record, predicted, measured
+
+
+def channel_sites(subject: Subject) -> list[str]:
+    """Return the linear sites whose channels are compared: at even distances between the first and the last quarter."""
+    kinds = {site.id: site for site in subject.noisy.sites}
+    linear = [p.key for p in subject.probes if kinds[p.key].op == "linear" and kinds[p.key].layer is not None]
+    return spread(linear[len(linear) // 4 :], subject.setting.channel_sites)
+
+
+def compare_channels(subject: Subject, predictions: Predictions, site: str) -> dict[str, Any]:
+    """Return how the predicted KL of single channels of ``site`` compares with the measured one."""
+    chosen, predicted, measured = subject.channels(predictions, site)
+    ratio = predicted / measured
+    return {
+        "site": site, "channels": len(chosen), "spearman": float(spearmanr(predicted, measured).statistic),
+        "median_ratio": float(np.median(ratio)), "within_25_percent": float(np.mean(np.abs(ratio - 1) <= 0.25)),
+        "largest_over_smallest": float(measured.max() / measured.min()),
+    }  # fmt: skip
+
+
+def show(name: str, record: Mapping[str, Any]) -> None:
+    """Print the comparison of one model."""
+    print(f"{name}: {record['sites']} sites, {record['tokens']} scored tokens, {record['seconds']:.0f} s")
+    for level, found in record["levels"].items():
+        missed = f"  misses: {', '.join(found['misses'])}" if found.get("misses") else ""
+        worst, rank = found["worst"], found["spearman"]
+        print(
+            f"  sigma {level:5} Spearman {'-' if rank is None else f'{rank:.4f}'}  median ratio {found['median_ratio']:.3f}"
+            f"  within 25 %: {found['within_25_percent']:.1%}  worst {worst['ratio']:.2f} at {worst['key']}"
+            f" ({worst['measured_kl']:.2g} nats){missed}"
+        )
+    noise = record["noise"]
+    seeds = ", ".join(f"{v['difference']:.1%} at {k} (Spearman {v['spearman']:.4f})" for k, v in noise["seeds"].items())
+    print(f"  median difference between two sets of draws {noise['draws']:.1%}, between two seeds {seeds or '-'}")
+    for row in record["channels"]:
+        print(
+            f"  {row['channels']} channels of {row['site']}: Spearman {row['spearman']:.4f}, median ratio"
+            f" {row['median_ratio']:.3f}, within 25 %: {row['within_25_percent']:.0%}, KL over a factor of"
+            f" {row['largest_over_smallest']:.3g}"
+        )
+
+
+def show_sizes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print where second order fails."""
+    for row in rows:
+        high = "up" if row["to"] is None else f"{row['to']:g}"
+        print(
+            f"  predicted KL {row['from']:g} to {high}: {row['points']} points, median ratio {row['median_ratio']:.3f},"
+            f" within 25 %: {row['within_25_percent']:.1%}"
+        )
+
+
+# Command line --------------------------------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=[], help='"tinygsm" (default) or directories')
+    parser.add_argument("--data", type=Path, help="text or JSON lines, for the models given by directory")
+    parser.add_argument("--train", default=",".join(FULL.layers), help="model types, or none (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a few sites of barely trained models, in seconds")
+    parser.add_argument("--out", default=None)
+    arguments = parser.parse_args()
+    arguments.models = arguments.models or [EMBEDDED]
+    arguments.train = [kind for kind in arguments.train.split(",") if kind not in ("", "none")]
+    for kind in arguments.train:
+        if kind not in FULL.layers:
+            parser.error(f"--train {kind}: not one of {', '.join(FULL.layers)}")
+    if arguments.data is None and any(model != EMBEDDED for model in arguments.models):
+        parser.error("models given by directory need --data")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    setting, training = (QUICK, BRIEF) if arguments.quick else (Setting(), FULL)
+    found: dict[str, Any] = {}
+    points: list[tuple[Array, Array]] = []
+
+    def add(name: str, subject: Subject, **facts: Any) -> None:
+        record, *values = compare(subject)
+        found[name] = {**facts, **record}
+        points.append((values[0], values[1]))
+        show(name, found[name])
+
+    for model in arguments.models:
+        data = problem_texts() if model == EMBEDDED else arguments.data
+        add(Path(model).name, Subject.of(model, data, setting))
+    for kind in arguments.train:
+        started = time.perf_counter()
+        module, loss = train(kind, training)
+        facts = {"loss": loss, "training_s": time.perf_counter() - started}
+        print(f"{kind}: trained for {facts['training_s']:.0f} s, loss {loss:.3f} nats per character")
+        name = f"{kind}, trained here"
+        add(name, Subject.of(module, problem_texts(), setting, tokenizer=load_tokenizer(EMBEDDED)), **facts)
+    sizes = by_size(*(np.concatenate([pair[i].ravel() for pair in points]) for i in (0, 1)))
+    print("all models and levels together:")
+    show_sizes(sizes)
+    record = {"setting": dataclasses.asdict(setting), "models": found, "by_predicted_kl": sizes}
+    if not arguments.quick or arguments.out:  # a quick run does not replace the published figures
+        finish("agreement", record, arguments)
+
+
+if __name__ == "__main__":
+    main()

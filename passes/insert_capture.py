@@ -1,0 +1,93 @@
+"""insert-capture: nodes that accumulate statistics of the values at each site, without storing them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from aqnfx.errors import PassError
+from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.program import Program
+from aqnfx.graph.tags import static_size, tensor_value
+from aqnfx.numerics.capture import new_buffers
+from aqnfx.numerics.perturbations import perturbation
+from aqnfx.passes.base import Pass, select_or_raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertCapture(Pass):
+    """Put one ``aqnfx::capture`` node behind every site that ``where`` selects, with accumulators of its own.
+
+    ``perturb`` names the declared perturbation (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) whose Σδ² is
+    accumulated for the SQNR, "" none. Statistics are per channel of the last dimension where its size is fixed, else of
+    all elements together. Positions with an ``attention_mask`` of 0 do not count where a site begins with the sizes
+    (batch, sequence) of that input, or with their product; elsewhere (heads before the sequence, attention
+    probabilities) every position counts.
+
+    The node reads the value that the operation returns. A site's own noise is not part of it when ``insert-noise`` ran
+    before this pass, and is part of it when ``insert-noise`` runs after; noise further up always is.
+    """
+
+    name: ClassVar[str] = "insert-capture"
+    needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    where: str = "ops:core"
+    perturb: str = "bf16"
+
+    def requires(self, program: Program) -> None:
+        """Check the options before anything is copied."""
+        if self.perturb:
+            perturbation(self.perturb)
+        if program.ran("lower-ops"):
+            raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
+        # The graph and not the history: after strip the pass may run again.
+        if any(node.target is torch.ops.aqnfx.capture.default for node in program.graph.nodes):
+            raise PassError(f"{self.name}: the program has capture nodes already; strip first")
+
+    def run(self, program: Program) -> None:
+        """Insert the nodes and register the accumulators."""
+        nodes, module = program.site_nodes(), program.module
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        mask = _attention_mask(program)
+        for index, site in enumerate(chosen):
+            anchor = nodes[site.id]
+            value = tensor_value(anchor)
+            assert value is not None  # a site is a node with one tensor
+            width = static_size(value.shape[-1]) if value.dim() else 1
+            channels, totals = (
+                control_buffer(module, f"capture_{index}_{part}", new.to(device), inserted_by=self.name, site=site.id)
+                for part, new in zip(
+                    ("channels", "totals"), new_buffers(width if isinstance(width, int) else 1), strict=True
+                )
+            )
+            covered = mask if mask is not None and _covers(mask, value) else None
+            args = (anchor, covered, channels, totals, self.perturb)
+            target = torch.ops.aqnfx.capture.default
+            insert_after(anchor, target, args, inserted_by=self.name, site=site.id, reroute=False)
+
+
+def _attention_mask(program: Program) -> Node | None:
+    """Return the input ``attention_mask`` if the program has one of two dimensions."""
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    named = dict(zip(program.signature.tensor_names, inputs, strict=True))
+    node = named.get("attention_mask")
+    return node if node is not None and node.meta["val"].dim() == 2 else None
+
+
+def _covers(mask: Node, value: torch.Tensor) -> bool:
+    """Return whether ``value`` begins with the sizes of the mask, or with their product where both are one dimension."""
+    batch, sequence = mask.meta["val"].shape
+    if value.dim() >= 2 and _same(value.shape[0], batch) and _same(value.shape[1], sequence):
+        return True
+    return value.dim() == 2 and _same(value.shape[0], batch * sequence)
+
+
+def _same(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Return whether two sizes are equal for every input: no guard is added, as a comparison of symbols would."""
+    first, second = static_size(size), static_size(other)
+    if isinstance(first, int) or isinstance(second, int):
+        return isinstance(first, int) and isinstance(second, int) and first == second
+    return bool(first.node.expr == second.node.expr)
