@@ -14,6 +14,7 @@ from torch import nn
 
 import aqnfx
 from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
+from aqnfx.diagnosis.confirm import confirm
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Data, Prepared, plan, prepare
@@ -28,7 +29,7 @@ from aqnfx.probes.data import data_digest
 from aqnfx.probes.forward import Forward, compiled_forward, eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
-from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
@@ -107,9 +108,22 @@ def run(
         if keep is not None:
             keep.close()
     found = found if ready.causal else _without_nll(found)
+    if not found.complete:
+        return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
     traces = _weight_traces(ready, options, predictions, tell)
     found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
-    return found if predictions is None else dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+    if predictions is None:
+        return found
+    found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+    if options.method == "predict":
+        return found
+
+    def at(probe: Probe, level: float) -> Measurements:
+        single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
+        return measure(noisy, forward, work, single, noise_kind=options.noise)
+
+    tell("confirming thresholds")
+    return dataclasses.replace(found, confirmed=confirm(found, at))
 
 
 def _weight_traces(

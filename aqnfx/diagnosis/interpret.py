@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from aqnfx.diagnosis.confirm import confirmation_records
 from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
 from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
@@ -74,6 +75,7 @@ def interpret(
             "cost": THRESHOLD_COST, "max_level": max(m.levels),
             "operators": {key: entry["threshold"] for key, entry in operators.items()},
             "layers": {key: entry["threshold"] for key, entry in layers.items()},
+            "confirmed": confirmation_records(m, options),
         },
         "method": "measure" if m.predictions is None else "predict and measure",
         "agreement": agreement(measurements),

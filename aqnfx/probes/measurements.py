@@ -40,7 +40,8 @@ class Measurements:
     of positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
     of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
     ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of which
-    only some were measured. ``weights`` holds the classical metric ``weight_metric`` of every parameter.
+    only some were measured, and ``confirmed`` a measurement of one probe at one level each: at its predicted critical
+    threshold. ``weights`` holds the classical metric ``weight_metric`` of every parameter.
     """
 
     probes: tuple[Probe, ...]
@@ -58,6 +59,7 @@ class Measurements:
     provenance: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
     planned: tuple[Probe, ...] = ()
+    confirmed: tuple[Measurements, ...] = ()
     weight_metric: str | None = None
     weights: tuple[WeightTrace, ...] = ()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.text import MISSING, factor, names, nats, nats_range, percent
+from aqnfx.reporting.text import MISSING, factor, names, nats, nats_range, percent, percent_range
 
 TOP_SITES, TOP_CHANNEL_SITES, TOP_WEIGHTS = 15, 10, 15
 Table = Callable[..., list[str]]
@@ -73,6 +73,7 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
         [_site_row(row) for row in record["sites"]],
         right=(1, 3),
     )
+    lines += _thresholds(report, table)
     if record["channels"]:
         lines += ["", f"### Channels with the highest predicted cost at level {smap.base_level:g}", ""]
         lines += table(
@@ -81,6 +82,23 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
             right=(1, 2, 3),
         )
     return lines
+
+
+def _thresholds(report: dict[str, Any], table: Table) -> list[str]:
+    """Return the lines on predicted critical thresholds and what was measured at them."""
+    confirmed = report["critical_threshold"].get("confirmed", {})
+    rows = [
+        (
+            f"{one} {key}", f"{r['level']:.3g}", percent(r["degradation"]), percent_range(r["degradation_ci"]),
+            "yes" if r["holds"] else "no",
+        )
+        for one, name in (("operator", "operators"), ("layer", "layers"))
+        for key, r in confirmed.get(name, {}).items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    header = ("What", "Predicted level for 10 %", "Measured there", "Interval", "Contains 10 %")
+    return ["", "### Critical thresholds, predicted and then measured", "", *table(header, rows, right=(1, 2))]
 
 
 def weight_section(report: dict[str, Any], table: Table) -> list[str]:

@@ -1,0 +1,77 @@
+"""Critical thresholds: the level that the predicted curve says costs 10 %, and a measurement at that very level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from aqnfx.diagnosis.details import THRESHOLD_COST, estimate, level_records
+from aqnfx.diagnosis.estimated import Fit
+from aqnfx.diagnosis.estimates import Options, SampleScores
+from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.probes.measurements import Measurements, Probe
+
+LARGEST_LEVEL = 1.0
+"""Beyond it a predicted threshold is not worth a run: relative noise as large as the values themselves."""
+CONFIRMED = 3
+"""Thresholds of this many operators and layers, those with the lowest ones, are measured."""
+Runner = Callable[[Probe, float], Measurements]
+
+
+def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
+    """Return the level at which the predicted KL reaches what costs 10 % by the curve through the measured probes.
+
+    ``None`` where the curve never reaches 10 %, the probe has no path to the output, or the level would be beyond 1.
+    """
+    if m.predictions is None:
+        return None
+    scores = SampleScores.of(m)
+    total = float(scores.tokens.sum())
+    fit = Fit.through(scores.kl.sum(-1) / total, scores.loss.sum(-1) / scores.loss_base.sum())
+    unit = float(m.predictions.kl(probe.sites, 1.0)[: m.samples].sum()) / total
+    if not np.isfinite(unit) or unit <= 0.0 or float(fit(fit.largest)) < THRESHOLD_COST:
+        return None
+    grid = np.linspace(0.0, np.sqrt(fit.largest), 4001)
+    first = int(np.argmax(fit(grid**2) >= THRESHOLD_COST))
+    level = float(grid[first]) / unit**0.5
+    return level if 0.0 < level <= LARGEST_LEVEL else None
+
+
+def confirm(m: Measurements, run: Runner) -> tuple[Measurements, ...]:
+    """Measure the operators and layers with the lowest predicted thresholds at those thresholds.
+
+    ``run(probe, level)`` measures one probe at one level. Stops where a run is interrupted.
+    """
+    found: list[Measurements] = []
+    for kind in ("operator", "layer"):
+        limits = {p: predicted_threshold(m, p) for p in m.planned if p.kind == kind}
+        known = sorted((level, i, p) for i, (p, level) in enumerate(limits.items()) if level is not None)
+        for level, _, probe in known[:CONFIRMED]:
+            measured = run(probe, level)
+            if not measured.complete or measured.samples != m.samples:
+                return tuple(found)
+            found.append(measured)
+    return tuple(found)
+
+
+def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[str, Any]]:
+    """Return per kind and key the predicted threshold and what was measured there.
+
+    ``holds`` says that the interval of the measured degradation contains 10 %.
+    """
+    records: dict[str, dict[str, Any]] = {"operators": {}, "layers": {}}
+    for single in m.confirmed:
+        probe, level = single.probes[0], single.levels[0]
+        est = estimate(single, SampleScores.of(single), options)
+        record = level_records(single, est, 0, options)[level_key(level)]
+        low, high = record["degradation_ci"]
+        records[f"{probe.kind}s"][probe.key] = {
+            "level": level,
+            "degradation": record["degradation"],
+            "degradation_ci": [low, high],
+            "kl": record["kl"],
+            "holds": bool(low <= THRESHOLD_COST <= high),
+        }
+    return records
