@@ -67,6 +67,7 @@ def command(
     draws: int = typer.Option(8, help="Projection draws of the prediction."),
     checkpoint: bool = typer.Option(False, "--checkpoint", help="Predict with block boundaries kept only: less memory."),
     metric: str = typer.Option(None, help="Also per weight: fisher-trace or hessian-trace."),
+    outlier_threshold: float = typer.Option(10.0, help="Magnitude of an outlier channel, in medians (with predictions)."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     batch_size: int = typer.Option(32, help="Samples per forward pass."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
@@ -87,7 +88,7 @@ def command(
         levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
         seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise,
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
-        checkpoint=checkpoint, metric=metric,
+        checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
         compile=compile_mode, batch_size=batch_size,
         max_length=max_length, text_field=text_field, pack=pack, device=device,
     )  # fmt: skip

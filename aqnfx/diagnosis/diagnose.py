@@ -17,12 +17,13 @@ from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
 from aqnfx.diagnosis.confirm import confirm
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, Prepared, plan, prepare
+from aqnfx.diagnosis.prepare import Data, Prepared, capture_on, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
 from aqnfx.probes.data import data_digest
@@ -39,6 +40,7 @@ def diagnose(
     data: Data,
     *,
     tokenizer: Any = None,
+    calibration: Data | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
     status: Any = None,
@@ -47,15 +49,19 @@ def diagnose(
     """Predict and measure what noise does to a language model and return its sensitivity map.
 
     ``model`` is what :func:`aqnfx.trace` takes, or a Program; ``data`` a JSON-lines, parquet or text file, or a
-    sequence of texts or records. ``tokenizer`` defaults to the one saved with the model. ``journal`` is a file that
+    sequence of texts or records; ``calibration`` (default: ``data``) is what activation statistics are read on where there
+    are predictions. ``tokenizer`` defaults to the one saved with the model. ``journal`` is a file that
     keeps finished work: a run with the same arguments continues it. ``progress(done, total)`` and ``status(text)`` are
     called as the work goes on. ``options`` are the fields of :class:`~aqnfx.diagnosis.options.Options`. An interrupted
     run returns the map of what is finished, with ``partial`` set. Raises subclasses of
     :class:`~aqnfx.errors.AqnfxError` for bad input.
     """
-    return interpret(
-        run(model, data, Options(**options), tokenizer=tokenizer, journal=journal, progress=progress, status=status)
-    )
+    wanted = Options(**options)
+    found = run(
+        model, data, wanted, tokenizer=tokenizer, calibration=calibration, journal=journal, progress=progress,
+        status=status,
+    )  # fmt: skip
+    return interpret(found, outlier_threshold=wanted.outlier_threshold)
 
 
 def run(
@@ -64,6 +70,7 @@ def run(
     options: Options,
     *,
     tokenizer: Any = None,
+    calibration: Data | None = None,
     journal: str | Path | None = None,
     progress: Progress | None = None,
     status: Any = None,
@@ -71,10 +78,13 @@ def run(
     """Do the predicting and measuring part of :func:`diagnose` and return the raw scores."""
     tell = status or (lambda _text: None)
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
-    predictions, probes = None, ready.probes
+    predictions, captures, probes = None, None, ready.probes
     if options.method != "measure":
         tell("predicting")
-        predictions = _predict(ready, options, progress)
+        predictions, captures = _predict(ready, options, progress, calibration is None)
+        if calibration is not None:
+            tell("reading activations")
+            captures = capture_on(calibration, ready, options)
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
         candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
         probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
@@ -108,6 +118,7 @@ def run(
         if keep is not None:
             keep.close()
     found = found if ready.causal else _without_nll(found)
+    found = dataclasses.replace(found, captures=captures)
     if not found.complete:
         return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
     traces = _weight_traces(ready, options, predictions, tell)
@@ -134,23 +145,25 @@ def _weight_traces(
         return ()
     tell(options.metric)
     if options.metric == "fisher-trace":
-        return fisher_traces(predictions or _predict(ready, options, None), ready.program)
+        return fisher_traces(predictions or _predict(ready, options, None, False)[0], ready.program)
     fused = any(site.op == OpKind.SDPA for site in ready.program.sites)
     again = 'decompose-attention{where="ops:softmax"},tag-ops'
     program = Pipeline.parse(again)(ready.program) if fused else ready.program  # fused kernels have no second derivative
     return hessian_traces(program, eager_forward(program), ready.batches(options), draws=options.draws, seed=options.seed)
 
 
-def _predict(ready: Prepared, options: Options, progress: Progress | None) -> Predictions:
-    """Predict every site; the score nodes and all they hold are gone when this returns."""
-    samples = len(ready.encoded)
-    insert = f'insert-score{{where="{options.where}" kind={options.noise} samples={samples} draws={options.draws}'
-    insert += f" weights={str(options.metric == 'fisher-trace').lower()}}}"
-    scored = Pipeline.parse(insert)(ready.program)
+def _predict(
+    ready: Prepared, options: Options, progress: Progress | None, captured: bool
+) -> tuple[Predictions, Captures | None]:
+    """Predict every site, with activation statistics from the same passes; the nodes for it are gone when this returns."""
+    weights = str(options.metric == "fisher-trace").lower()
+    insert = f'insert-capture{{where="{options.where}"}},' if captured else ""
+    insert += f'insert-score{{where="{options.where}" kind={options.noise} samples={len(ready.encoded)} '
+    scored = Pipeline.parse(f"{insert}draws={options.draws} weights={weights}}}")(ready.program)
     forward = eager_forward(checkpointed(scored) if options.checkpoint else scored)
-    return predict(
-        scored, forward, ready.batches(options), draws=options.draws, seed=options.seed, progress=progress
-    )
+    batches = ready.batches(options)
+    found = predict(scored, forward, batches, draws=options.draws, seed=options.seed, progress=progress)
+    return found, collect(scored, samples=len(ready.encoded)) if captured else None
 
 
 def _without_nll(m: Measurements) -> Measurements:

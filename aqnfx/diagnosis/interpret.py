@@ -11,7 +11,7 @@ from aqnfx.diagnosis.confirm import confirmation_records
 from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
 from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
-from aqnfx.diagnosis.predicted import channel_records, prediction_notes, site_predictions
+from aqnfx.diagnosis.predicted import activation_statistics, channel_records, prediction_notes, site_predictions
 from aqnfx.diagnosis.ranking import is_critical, rank
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable, layer_label, level_key
 from aqnfx.diagnosis.windows import window_records
@@ -22,7 +22,8 @@ from aqnfx.probes.traces import SOURCES
 
 
 def interpret(
-    measurements: Measurements, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    measurements: Measurements, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0,
+    outlier_threshold: float = 10.0,
 ) -> SensitivityMap:
     """Turn the scores of a measuring run into a sensitivity map.
 
@@ -31,7 +32,8 @@ def interpret(
     Degradation is (clean - noisy) / clean exact matches for the task ``exact_match``, otherwise 1 - top-1 agreement;
     ``distinguishable`` means that a paired t test over samples rejects "no degradation" after Holm over all probes of
     the same kind at the same level. ``seed`` is that of the resampling. Raises :class:`InputError` for measurements
-    without samples, positions, probes or the base level, and for a confidence outside (0, 1).
+    without samples, positions, probes or the base level, and for a confidence outside (0, 1). ``outlier_threshold``: see
+    :func:`~aqnfx.diagnosis.predicted.channel_records`.
     """
     if not 0.0 < confidence < 1.0 or resamples < 100:
         raise InputError(
@@ -80,7 +82,7 @@ def interpret(
         "method": "measure" if m.predictions is None else "predict and measure",
         "agreement": agreement(measurements),
         "weights": _weights(m),
-        "channels": channel_records(m, options),
+        "channels": channel_records(m, options, outlier_threshold),
         "notes": _notes(m, scores, est) + prediction_notes(measurements),
         "provenance": dict(m.provenance),
     }  # fmt: skip
@@ -117,6 +119,8 @@ def _sites(m: Measurements, est: Estimates, options: Options) -> list[dict[str, 
         full = site.to_record()
         measured = level_records(m, est, rows[site.id], options) if site.id in rows else {}
         records.append({name: full[name] for name in kept} | {"predicted": predicted[site.id], "measured": measured})
+        if activations := activation_statistics(m, site.id):
+            records[-1]["activations"] = activations
     return records
 
 

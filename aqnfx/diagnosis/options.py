@@ -33,6 +33,7 @@ class Options:
     with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
     top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps only block
     boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or "hessian-trace".
+    Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported as outliers.
     ``probes`` are kinds of
     :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that cannot
     be meant.
@@ -54,6 +55,7 @@ class Options:
     draws: int = 8
     checkpoint: bool = False
     metric: str | None = None
+    outlier_threshold: float = 10.0
     compile: str = "auto"
     batch_size: int = 32
     max_length: int | None = None
@@ -77,6 +79,8 @@ class Options:
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)
+        if not isinstance(self.outlier_threshold, numbers.Real) or not 1.0 < float(self.outlier_threshold) < float("inf"):
+            raise InputError(f"outlier_threshold must be a number above 1, found {self.outlier_threshold!r}; 10 is usual")
         if self.metric is not None:
             _one_of("metric", self.metric, METRICS)
         self._set("levels", _levels(self.levels))

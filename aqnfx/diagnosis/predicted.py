@@ -11,6 +11,7 @@ from scipy.stats import norm
 from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.estimates import Options, ratios
 from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.probes.capture import Captures
 from aqnfx.probes.measurements import Measurements, Probe
 
 TOP_CHANNELS = 10
@@ -47,10 +48,13 @@ def site_predictions(m: Measurements, sites: Sequence[str], options: Options) ->
     return records
 
 
-def channel_records(m: Measurements, options: Options) -> dict[str, Any]:
-    """Return per site the channels with the highest predicted KL at the base level: [channel, KL, low, high], nats per token.
+def channel_records(m: Measurements, options: Options, threshold: float = 10.0) -> dict[str, Any]:
+    """Return per site the sensitive channels, the outlier channels, and how far they are the same.
 
-    Intervals are normal, with the standard error over samples.
+    ``top``: [channel, KL, low, high] by predicted KL at the base level in nats per token, with normal intervals from the
+    standard error over samples. ``outliers``: channels whose mean magnitude is at least ``threshold`` times the median
+    channel's; ``max_ratio`` the largest such ratio. ``overlap``: the share of the outliers (at most as many as ``top``)
+    that are among the ``top`` as well, None without outliers.
     """
     if m.predictions is None:
         return {}
@@ -58,16 +62,36 @@ def channel_records(m: Measurements, options: Options) -> dict[str, Any]:
     records = {}
     for site in m.predictions.channels:
         kl, error = m.predictions.channel_kl(site, m.base_level)
-        top = np.argsort(-kl, kind="stable")[:TOP_CHANNELS]
+        top = [int(c) for c in np.argsort(-kl, kind="stable")[:TOP_CHANNELS]]
         total = float(kl.sum())
         records[site] = {
             "channels": len(kl),
-            "top": [
-                [int(c), float(kl[c]), max(0.0, float(kl[c] - z * error[c])), float(kl[c] + z * error[c])] for c in top
-            ],
+            "top": [[c, float(kl[c]), max(0.0, float(kl[c] - z * error[c])), float(kl[c] + z * error[c])] for c in top],
             "top_share": float(kl[top].sum()) / total if total > 0 else None,
         }
+        if m.captures is not None and site in m.captures.records:
+            records[site] |= _outliers(m.captures, site, top, threshold)
     return records
+
+
+def _outliers(captures: Captures, site: str, top: list[int], threshold: float) -> dict[str, Any]:
+    outliers = captures.outliers(site, threshold)
+    first = [entry["channel"] for entry in outliers[: len(top)]]
+    magnitude = captures.channel_magnitude(site)
+    median = float(np.median(magnitude))
+    return {
+        "outliers": outliers[:TOP_CHANNELS],
+        "outlier_count": len(outliers),
+        "max_ratio": float(magnitude.max()) / median if median > 0 else None,
+        "overlap": len(set(first) & set(top)) / len(first) if first else None,
+    }
+
+
+def activation_statistics(m: Measurements, site: str) -> dict[str, Any]:
+    """Return mean magnitude, sparsity, dynamic range and signal-to-noise ratio of a site, empty where not captured."""
+    if m.captures is None or site not in m.captures.records:
+        return {}
+    return {**m.captures.statistics(site), "perturbation": m.captures.perturbation}
 
 
 def prediction_notes(m: Measurements) -> list[str]:

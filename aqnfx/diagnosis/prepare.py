@@ -17,8 +17,9 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.capture import Captures, capture
 from aqnfx.probes.data import Batch, Encoded, make_batches
-from aqnfx.probes.forward import is_causal
+from aqnfx.probes.forward import eager_forward, is_causal
 from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.samples import load_samples, load_tokenizer
@@ -43,6 +44,7 @@ class Prepared:
     longest: int
     fixed: int | None
     pad: int
+    tokenizer: Any
     notes: tuple[str, ...]
 
     def batches(self, options: Options, length: int | None = None) -> list[Batch]:
@@ -81,8 +83,22 @@ def prepare(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Prepared(
         program=tagged, encoded=encoded, probes=probes, task=task, causal=causal, longest=longest,
-        fixed=longest if fixed is not None else None, pad=pad, notes=(*tagged.notes, *notes, *more),
+        fixed=longest if fixed is not None else None, pad=pad,
+        tokenizer=tokenizer, notes=(*tagged.notes, *notes, *more),
     )  # fmt: skip
+
+
+def capture_on(data: Data, ready: Prepared, options: Options) -> Captures:
+    """Return activation statistics of the selected sites on ``data``, read like the samples and at most as long."""
+    encoded, _ = load_samples(
+        data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
+        pack=options.pack,
+    )  # fmt: skip
+    made = make_batches(
+        encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
+    )
+    program = Pipeline.parse(f'insert-capture{{where="{options.where}"}}')(ready.program)
+    return capture(program, eager_forward(program), [batch.to(options.device) for batch in made])
 
 
 def plan(

@@ -165,7 +165,9 @@ def collect(program: Program, **facts: Any) -> Captures:
     for site, pair in buffers.sites.items():
         channels, totals = (tensor.detach().to("cpu", copy=True).numpy() for tensor in pair)
         if totals[COUNT] == 0:
-            raise ProbeError(f"nothing was counted at {site}; run the program on samples that are not all padding first")
+            raise ProbeError(
+                f"nothing was counted at {site}; run the program on samples that are not all padding first"
+            )
         broken = np.flatnonzero(~np.isfinite(channels[:SMALLEST]).all(axis=0))
         if broken.size:
             raise ProbeError(

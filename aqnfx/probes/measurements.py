@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aqnfx.graph.sites import Site
+from aqnfx.probes.capture import Captures
 from aqnfx.probes.predict import Predictions
 from aqnfx.probes.traces import WeightTrace
 
@@ -41,7 +42,7 @@ class Measurements:
     of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
     ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of which
     only some were measured, and ``confirmed`` a measurement of one probe at one level each: at its predicted critical
-    threshold. ``weights`` holds the classical metric ``weight_metric`` of every parameter.
+    threshold. ``captures`` holds activation statistics, ``weights`` the classical metric ``weight_metric`` of every parameter.
     """
 
     probes: tuple[Probe, ...]
@@ -59,6 +60,7 @@ class Measurements:
     provenance: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
     planned: tuple[Probe, ...] = ()
+    captures: Captures | None = None
     confirmed: tuple[Measurements, ...] = ()
     weight_metric: str | None = None
     weights: tuple[WeightTrace, ...] = ()

@@ -23,6 +23,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.graph.sites import Site
 from aqnfx.numerics.noise import NoiseKind
+from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
 
@@ -134,7 +135,8 @@ def predict(
     buffers.reset()
     started, tokens = time.perf_counter(), np.zeros(samples, dtype=np.int64)
     with _weights_frozen(program), torch.enable_grad():
-        for number, batch in enumerate(batches):
+        for number, given in enumerate(batches):
+            batch = own_rows(given) if isinstance(given, Batch) else given
             logits = forward(batch)
             if not logits.requires_grad:
                 raise ModelError(

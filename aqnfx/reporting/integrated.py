@@ -10,7 +10,7 @@ from torch import nn
 
 from aqnfx.diagnosis.diagnose import diagnose
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.errors import InputError, NotYetError
+from aqnfx.errors import InputError
 from aqnfx.graph.program import Program
 from aqnfx.reporting.markdown import report_markdown
 from aqnfx.reporting.report import build_report, save_report
@@ -21,8 +21,8 @@ Data = str | Path | Sequence[str | Mapping[str, str]]
 class IntegratedDiagnostic:
     """Diagnose a model on ``test_data``; what :func:`aqnfx.diagnose` does, with the result kept on the object.
 
-    ``calibration_data`` is for the channel level, which this version does not have; ``options`` are further fields of
-    :class:`~aqnfx.diagnosis.options.Options` and ``tokenizer``.
+    ``calibration_data`` (default: the test data) is what the magnitudes of channels are read on; ``options`` are further
+    fields of :class:`~aqnfx.diagnosis.options.Options` and ``tokenizer``.
     """
 
     def __init__(
@@ -37,23 +37,22 @@ class IntegratedDiagnostic:
         self.sensitivity_map: SensitivityMap | None = None
 
     def run_full_diagnosis(
-        self, noise_scale: float = 0.05, window_size: int | None = None, outlier_threshold: float | None = None
+        self, noise_scale: float = 0.05, window_size: int | None = None, outlier_threshold: float = 10.0
     ) -> SensitivityMap:
-        """Probe operator kinds, layers and windows at ``noise_scale`` and return the sensitivity map.
+        """Diagnose operator kinds, layers, windows and channels at ``noise_scale`` and return the sensitivity map.
 
-        Further levels may be given as ``levels`` to the constructor. Raises :class:`NotYetError` when
-        ``outlier_threshold`` asks for the channel level.
+        Channels whose mean magnitude on the calibration data is ``outlier_threshold`` times the median channel's are
+        outliers. Further levels may be given as ``levels`` to the constructor, ``method="measure"`` leaves predictions
+        and channels out.
         """
-        if outlier_threshold is not None:
-            raise NotYetError(
-                f"outlier_threshold={outlier_threshold} asks for the channel level, which this version does not have yet; "
-                "leave it out to get operators, layers and windows"
-            )
         levels = tuple(sorted({*self.options.get("levels", ()), noise_scale}))
-        rest = {k: v for k, v in self.options.items() if k not in ("levels", "base_level", "window")}
+        rest = {k: v for k, v in self.options.items() if k not in ("levels", "base_level", "window", "outlier_threshold")}
+        rest = {"method": "both"} | rest
+        calibration = self.calibration_data if rest["method"] != "measure" else None
         self.sensitivity_map = diagnose(
-            self.model, self.test_data, levels=levels, base_level=noise_scale, window=window_size, **rest
-        )
+            self.model, self.test_data, levels=levels, base_level=noise_scale, window=window_size,
+            calibration=calibration, outlier_threshold=outlier_threshold, **rest,
+        )  # fmt: skip
         return self.sensitivity_map
 
     def _result(self) -> SensitivityMap:

@@ -30,6 +30,8 @@ def prediction_record(smap: SensitivityMap) -> dict[str, Any]:
         ],
         "sites_predicted": len(known),
         "channels": _channel_rows(smap),
+        "outliers": _outlier_rows(smap),
+        "overlap": _overlap(smap),
     }  # fmt: skip
 
 
@@ -40,6 +42,22 @@ def _channel_rows(smap: SensitivityMap) -> list[dict[str, Any]]:
         for c, kl, low, high in entry.get("top", ())
     ]
     return sorted(rows, key=lambda row: -float(row["kl"]))[:TOP_CHANNEL_SITES]
+
+
+def _outlier_rows(smap: SensitivityMap) -> list[dict[str, Any]]:
+    rows = [
+        {"site": site, **outlier, "of": entry["channels"], "sensitive": outlier["channel"] in {c[0] for c in entry["top"]}}
+        for site, entry in smap.channels.items()
+        for outlier in entry.get("outliers", ())
+        if outlier.get("ratio") is not None
+    ]
+    return sorted(rows, key=lambda row: -float(row["ratio"]))[:TOP_CHANNEL_SITES]
+
+
+def _overlap(smap: SensitivityMap) -> float | None:
+    """Return the mean over sites with outliers of the share of outliers that are among the most sensitive channels."""
+    shares = [entry["overlap"] for entry in smap.channels.values() if entry.get("overlap") is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def agreement_sentence(smap: SensitivityMap) -> str | None:
@@ -81,7 +99,22 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
             [(r["site"], r["channel"], r["channels"], nats(r["kl"]), nats_range(r["ci"])) for r in record["channels"]],
             right=(1, 2, 3),
         )
-    return lines
+    return lines + _outlier_lines(record, table)
+
+
+def _outlier_lines(record: dict[str, Any], table: Table) -> list[str]:
+    """Return the lines on channels of outlying magnitude."""
+    if not record["outliers"]:
+        return ["", "No channel's mean magnitude reaches the outlier threshold."] if record["channels"] else []
+    rows = [
+        (r["site"], r["channel"], r["of"], factor(r["ratio"]), r["class"], "yes" if r["sensitive"] else "no")
+        for r in record["outliers"]
+    ]
+    share = percent(record["overlap"])
+    lines = ["", "### Channels of outlying magnitude", ""]
+    header = ("Site", "Channel", "Of", "Times the median", "Class", "Among the most sensitive")
+    lines += table(header, rows, right=(1, 2, 3))
+    return [*lines, "", f"Of the outliers of a site, {share} are among its most sensitive channels (mean over sites)."]
 
 
 def _thresholds(report: dict[str, Any], table: Table) -> list[str]:

@@ -218,9 +218,15 @@ def test_results_outlive_the_nodes_and_a_new_start_forgets_them(llama):
 
 
 def test_an_error_inside_of_the_block_is_the_one_that_is_seen(llama):
-    with pytest.raises(ZeroDivisionError), ActivationCapture(llama, ["lm_head"]) as capture:
-        capture.run(inputs("llama", 1, 5, pad=0) | {"attention_mask": torch.zeros(1, 5, dtype=torch.int64)})
-        raise ZeroDivisionError
+    padding = {"attention_mask": torch.zeros(1, 5, dtype=torch.int64)}
+
+    def fail() -> None:
+        with ActivationCapture(llama, ["lm_head"]) as capture:
+            capture.run(inputs("llama", 1, 5, pad=0) | padding)  # counts nothing, which collecting would refuse
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
 
 
 def test_misuse(llama):

@@ -35,7 +35,11 @@ def family(request) -> tuple[str, Program]:
 
 @pytest.mark.parametrize(
     "spec",
-    ["insert-capture", 'insert-capture{where="ops:all" perturb=""}', 'insert-capture{where="layers:1" perturb=fp8_e4m3}'],
+    [
+        "insert-capture",
+        'insert-capture{where="ops:all" perturb=""}',
+        'insert-capture{where="layers:1" perturb=fp8_e4m3}',
+    ],
 )
 @pytest.mark.parametrize("before", [TAGS, f"{TAGS},insert-noise"])
 def test_contract(before, spec):
@@ -79,7 +83,7 @@ def test_strip_restores_and_allows_another_run():
 
 
 def test_widths(family):
-    name, program = family
+    name, _ = family
     opened = Pipeline.parse(f'tag-layers,decompose-attention{{where="ops:softmax"}},{TAGS}')(aqnfx.trace(build(name)))
     sites = {s.id: s for s in opened.sites}
     buffers = CaptureBuffers.of(Pipeline.parse('insert-capture{where="ops:all"}')(opened).module)
@@ -188,7 +192,7 @@ def test_after_lowering_it_is_refused():
 
 
 def test_an_unknown_perturbation_is_refused():
-    with pytest.raises(InputError, match="unknown perturbation 'bf61'.*did you mean 'bf16'"):
+    with pytest.raises(InputError, match=r"unknown perturbation 'bf61'.*did you mean 'bf16'"):
         Pipeline.parse("insert-capture{perturb=bf61}")(stack())
 
 

@@ -34,12 +34,8 @@ def batches(name: str, *, extra: int = 0) -> list[Batch]:
     found = []
     for seed, (rows, length, pad) in enumerate(SHAPES):
         given = inputs(name, rows + extra, length, pad=pad, seed=seed)
-        found.append(
-            Batch(
-                row_offset=sum(b.size for b in found), size=rows, **given,
-                score_mask=torch.zeros(rows + extra, length - 1, dtype=torch.bool), answer_mask=None,
-            )  # fmt: skip
-        )
+        offset, scored = sum(b.size for b in found), torch.zeros(rows + extra, length - 1, dtype=torch.bool)
+        found.append(Batch(row_offset=offset, size=rows, **given, score_mask=scored, answer_mask=None))
     return found
 
 
@@ -197,7 +193,8 @@ def planted(scales: list[float], x: Tensor | None = None, perturb: str = "bf16")
 
 
 @pytest.mark.parametrize(
-    ("scale", "kind"), [(60.0, "critical"), (30.0, "high"), (20.5, "high"), (15.0, "moderate"), (9.5, None), (0.0, None)]
+    ("scale", "kind"),
+    [(60.0, "critical"), (30.0, "high"), (20.5, "high"), (15.0, "moderate"), (9.5, None), (0.0, None)],
 )
 def test_a_planted_outlier_is_found_with_its_ratio_and_class(scale, kind):
     scales = [1.0] * 7
