@@ -24,7 +24,7 @@ class InsertCapture(Pass):
     ``perturb`` names the declared perturbation (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) whose Σδ² is
     accumulated for the SQNR, "" none. Statistics are per channel of the last dimension where its size is fixed, else of
     all elements together. Positions with an ``attention_mask`` of 0 do not count where a site begins with the sizes
-    (batch, sequence) of that input, or with their product; elsewhere (heads before the sequence, attention
+    (batch, sequence) of that input or of ``input_ids``, or with their product; elsewhere (heads before the sequence, attention
     probabilities) every position counts.
 
     The node reads the value that the operation returns. A site's own noise is not part of it when ``insert-noise`` ran
@@ -51,7 +51,7 @@ class InsertCapture(Pass):
         nodes, module = program.site_nodes(), program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        mask = _attention_mask(program)
+        mask, shapes = _attention_mask(program)
         for index, site in enumerate(chosen):
             anchor = nodes[site.id]
             value = tensor_value(anchor)
@@ -63,23 +63,28 @@ class InsertCapture(Pass):
                     ("channels", "totals"), new_buffers(width if isinstance(width, int) else 1), strict=True
                 )
             )
-            covered = mask if mask is not None and _covers(mask, value) else None
+            covered = mask if any(_covers(shape, value) for shape in shapes) else None
             args = (anchor, covered, channels, totals, self.perturb)
             target = torch.ops.aqnfx.capture.default
             insert_after(anchor, target, args, inserted_by=self.name, site=site.id, reroute=False)
 
 
-def _attention_mask(program: Program) -> Node | None:
-    """Return the input ``attention_mask`` if the program has one of two dimensions."""
+def _attention_mask(program: Program) -> tuple[Node | None, list[torch.Size]]:
+    """Return the input ``attention_mask``, if there is one of two dimensions, and the sizes of what it describes.
+
+    These are the sizes of ``input_ids`` too: a model that only broadcasts its mask leaves the two batches unrelated.
+    """
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
     named = dict(zip(program.signature.tensor_names, inputs, strict=True))
+    shapes = [n.meta["val"].shape for name in ("attention_mask", "input_ids") if (n := named.get(name)) is not None]
+    found = [shape for shape in shapes if len(shape) == 2]
     node = named.get("attention_mask")
-    return node if node is not None and node.meta["val"].dim() == 2 else None
+    return (node, found) if node is not None and node.meta["val"].dim() == 2 else (None, [])
 
 
-def _covers(mask: Node, value: torch.Tensor) -> bool:
-    """Return whether ``value`` begins with the sizes of the mask, or with their product where both are one dimension."""
-    batch, sequence = mask.meta["val"].shape
+def _covers(positions: torch.Size, value: torch.Tensor) -> bool:
+    """Return whether ``value`` begins with the sizes (batch, sequence), or with their product where it has two."""
+    batch, sequence = positions
     if value.dim() >= 2 and _same(value.shape[0], batch) and _same(value.shape[1], sequence):
         return True
     return value.dim() == 2 and _same(value.shape[0], batch * sequence)

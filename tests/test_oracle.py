@@ -57,7 +57,8 @@ def p_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np
 def test_measured_kl_is_that_of_a_forward_hook(name: str, shared_models: Path) -> None:
     directory, text = str(shared_models / name), shared_models.parent / "data" / "tiny_stories.txt"
     options = Options(
-        levels=(LEVEL,), probes=("site",), ops="linear", samples=SAMPLES, max_length=LENGTH, seeds=SEEDS, compile="no",
+        method="measure", levels=(LEVEL,), probes=("site",),
+        ops="linear", samples=SAMPLES, max_length=LENGTH, seeds=SEEDS, compile="no",
         batch_size=SAMPLES,
     )  # fmt: skip
     found = run(directory, text, options)

@@ -63,7 +63,7 @@ def command(
     task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
     noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
     probes: str = typer.Option("operator,layer,window,all", help="What to probe; also: site."),
-    method: str = typer.Option("measure", help="predict, measure or both."),
+    method: str = typer.Option("both", help="predict, measure or both."),
     draws: int = typer.Option(8, help="Projection draws of the prediction."),
     checkpoint: bool = typer.Option(False, "--checkpoint", help="Predict with block boundaries kept only: less memory."),
     metric: str = typer.Option(None, help="Also per weight: fisher-trace or hessian-trace."),

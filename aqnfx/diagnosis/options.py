@@ -51,7 +51,7 @@ class Options:
     task: str | None = None
     noise: str = NoiseKind.RELATIVE_GAUSSIAN
     probes: tuple[ProbeKind, ...] = ("operator", "layer", "window", "all")
-    method: str = "measure"
+    method: str = "both"
     draws: int = 8
     checkpoint: bool = False
     metric: str | None = None

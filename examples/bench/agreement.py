@@ -60,13 +60,13 @@ class Training:
 
     layers: Mapping[str, int]
     hidden: int = 64
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 32
     learning_rate: float = 3e-3
 
 
 # As many layers as give at least 46 core sites, the number of the five-layer llama models.
-FULL = Training(layers={"gpt2": 8, "gemma3_text": 5, "mixtral": 4})
+FULL = Training(layers={"gpt2": 8, "gemma3_text": 5, "mixtral": 5})
 BRIEF = Training(layers={"gpt2": 2, "gemma3_text": 2, "mixtral": 2}, hidden=32, steps=20, batch_size=8)
 
 
@@ -167,7 +167,7 @@ class Subject:
     def of(cls, model: Any, data: Path | Sequence[str], setting: Setting, *, tokenizer: Any = None) -> Subject:
         """Prepare ``model`` (a directory, a name or a module) on a file of running text, or on texts of one sample each."""
         options = Options(
-            samples=setting.samples, batch_size=setting.samples, max_length=setting.length, ops="core", task="kl",
+            samples=setting.samples, batch_size=setting.samples, max_length=setting.length, ops="core,grouped_mm", task="kl",
             pack=isinstance(data, Path),
         )  # fmt: skip
         ready = prepare(model, data, options, tokenizer=tokenizer, tell=lambda _: None)

@@ -67,7 +67,8 @@ class Place:
     def quick(self) -> list[object]:
         """Options of a diagnosis that takes about a second once the model is traced."""
         return ["--data", self.data, "--samples", 4, "--seeds", 2, "--levels", "0.1,0.3", "--max-length", 24,
-                "--window", 2, "--ops", "linear", "--compile", "no", "--batch-size", 2]  # fmt: skip
+                "--window", 2, "--ops", "linear", "--compile", "no", "--batch-size", 2,
+                "--method", "measure"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

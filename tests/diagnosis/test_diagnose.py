@@ -18,7 +18,7 @@ from tests.families import build
 
 QUICK: dict[str, Any] = {
     "samples": 4, "seeds": 2, "levels": (0.1, 0.3), "max_length": 24, "window": 2, "ops": "linear", "compile": "no",
-    "batch_size": 2,
+    "batch_size": 2, "method": "measure",
 }  # fmt: skip
 
 

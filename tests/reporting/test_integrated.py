@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import aqnfx
-from aqnfx.errors import InputError, NotYetError
+from aqnfx.errors import InputError
 from aqnfx.reporting.report import load_map
 from tests.cli.tiny import TEXT, tokenizer
 from tests.families import build
@@ -70,11 +70,17 @@ def test_there_is_no_report_before_a_run(model: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_there_yet_says_so(model: Any) -> None:
-    diagnostic = aqnfx.IntegratedDiagnostic(model, TEXT, calibration_data=TEXT, tokenizer=tokenizer(), **OPTIONS)
-    with pytest.raises(NotYetError, match=r"outlier_threshold=20\.0 asks for the channel level"):
-        diagnostic.run_full_diagnosis(outlier_threshold=20.0)
-    assert diagnostic.sensitivity_map is None
+def test_channels_are_read_on_the_calibration_data(model: Any) -> None:
+    options = OPTIONS | {"method": "both"}
+    diagnostic = aqnfx.IntegratedDiagnostic(model, TEXT, calibration_data=["a cat"] * 4, tokenizer=tokenizer(), **options)
+    smap = diagnostic.run_full_diagnosis(outlier_threshold=1.5)
+    own = aqnfx.IntegratedDiagnostic(model, TEXT, tokenizer=tokenizer(), **options).run_full_diagnosis(outlier_threshold=1.5)
+    assert smap.channels.keys() == own.channels.keys() != set()
+    site, found = next((k, v) for k, v in smap.channels.items() if v["outliers"])
+    assert all(entry["ratio"] >= 1.5 for entry in found["outliers"])
+    assert found["top"] == own.channels[site]["top"]  # sensitivity is read on the test data
+    assert found["max_ratio"] != own.channels[site]["max_ratio"]  # and magnitude on the calibration data
+    assert "Channels of outlying magnitude" in diagnostic.generate_report()
 
 
 @pytest.mark.parametrize(
