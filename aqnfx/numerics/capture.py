@@ -40,7 +40,7 @@ def accumulate(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor,
     for a value without channels of fixed number. ``channels`` fp64 (5, C): Σ|y|, Σy², max |y|, number of exact zeros,
     min non-zero |y| (+inf before there is one). ``totals`` fp64 (2,): number of rows, Σδ² of the declared
     ``perturbation`` (none for an empty name). ``mask`` (B, S), bool or number: only positions with a mask that is not 0
-    count; ``y`` then is (B, S, …) or (B·S, …), else :class:`InputError`. A mask (1, S) stands for every sample.
+    count; ``y`` then is (B, S, …) or (B·S, …), else :class:`InputError`.
 
     Values that are not finite are not counted out: at a position that counts they make the sums inf or NaN, for whoever
     reads the buffers to refuse. At masked positions they leave no trace. δ alone may overflow, then Σδ² is inf or NaN.
@@ -76,14 +76,12 @@ def accumulate(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor,
 
 def _dropped(mask: Tensor, y: Tensor, rows: int) -> Tensor:
     """Return which of the rows do not count, bool (rows, 1)."""
-    length = mask.shape[1]
-    batch = y.shape[0] if y.shape[1:2] == (length,) else y.shape[0] // length if y.dim() else 0
-    if mask.shape[0] not in (1, batch) or y.shape[:2] != (batch, length) and y.shape[0] != batch * length:
+    if y.shape[:2] != mask.shape and y.shape[:1] != (mask.numel(),):
         raise InputError(
             f"aqnfx::capture: a mask of shape {list(mask.shape)} was given for a value of shape {list(y.shape)}; the "
             "value must begin with these sizes or with their product, or the mask be None"
         )
-    return (mask == 0).expand(batch, length).reshape(-1).repeat_interleave(rows // (batch * length)).unsqueeze(1)
+    return (mask == 0).reshape(-1).repeat_interleave(rows // mask.numel()).unsqueeze(1)
 
 
 @torch.library.custom_op("aqnfx::capture", mutates_args=("channels", "totals"))

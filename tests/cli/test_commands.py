@@ -63,7 +63,7 @@ def test_a_configuration_is_the_flags_and_flags_go_first(aqnfx: Aqnfx, place: Pl
     config = tmp_path / "config.yaml"
     config.write_text(
         f"data: {place.data}\nsamples: 4\nseeds: 2\nlevels: [0.1, 0.3]\nmax-length: 24\nwindow: 2\n"
-        "ops: [linear]\ncompile: no\nbatch_size: 2\ntask: null\n",
+        "ops: [linear]\ncompile: no\nbatch_size: 2\ntask: null\nmethod: measure\n",
         encoding="utf-8",
     )
     a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"

@@ -115,7 +115,13 @@ def test_a_mask_covers_all_further_dimensions():
         assert totals[COUNT] == len(table)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6), (5, 2, 6), (6,), ()])
+def test_flattened_positions_with_as_many_channels_as_tokens():
+    mask, y = MASKS[0], normal(10, 5)
+    channels, _ = captured(y, width=5, masks=(mask,))
+    np.testing.assert_allclose(channels.numpy(), expected(y[mask.flatten().bool()].numpy()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (5, 2, 6), (1, 5, 6), (6,), ()])
 def test_a_mask_that_does_not_fit_is_refused(shape):
     with pytest.raises(InputError, match=r"mask of shape \[2, 5\] was given for a value of shape"):
         captured(torch.ones(shape), width=1, masks=(MASKS[0],))

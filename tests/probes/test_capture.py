@@ -18,7 +18,7 @@ from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.program import Program
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.capture import Captures, SiteCapture, capture, collect, outlier_class, own_rows
+from aqnfx.probes.capture import Captures, capture, collect, outlier_class, own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import compiled_forward, eager_forward
 from tests.families import build, inputs
@@ -249,7 +249,6 @@ def test_signal_to_noise_of_no_change_no_perturbation_and_overflow():
     assert planted([1.0, 2.0], exact).statistics(UP)["snr_db"] is None
     assert planted([1.0, 2.0], perturb="").statistics(UP)["snr_db"] is None
     assert planted([1.0, 1e6], perturb="fp16").statistics(UP)["snr_db"] == -math.inf
-    assert planted([1.0, 1e6], perturb="fp8_e4m3").statistics(UP)["snr_db"] == -math.inf
     assert 45 < planted([1.0, 2.0]).statistics(UP)["snr_db"] < 60  # 8 significant bits
 
 
@@ -261,12 +260,6 @@ def test_values_that_are_not_finite_are_refused():
     x[1, 2] = float("nan")
     with pytest.raises(ProbeError, match=r"not finite at up:linear:0, in 2 of 2 channels, first 0"):
         planted([1.0, 2.0], x)
-
-
-def test_not_finite_padding_is_no_harm():
-    """A causal model may compute anything where the mask is 0."""
-    one = SiteCapture(channels=np.array([[1.0], [1.0], [1.0], [0.0], [1.0]]), totals=np.array([1.0, 0.0]), masked=True)
-    assert Captures(sites=(), records={"a:linear:0": one}).statistics("a:linear:0")["rms"] == 1.0
 
 
 def test_nothing_to_capture(family):
