@@ -7,10 +7,11 @@ are fewer samples, levels and sites.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.samples import load_tokenizer
 
 BENCH = Path(__file__).resolve().parents[1] / "examples" / "bench"
-SIZE: dict[str, Any] = {"samples": 12, "length": 96, "levels": (0.05, 0.1), "beyond": (), "compiled": False}
+LENGTH = 96
+SIZE: dict[str, Any] = {"samples": 12, "length": LENGTH, "levels": (0.05, 0.1), "beyond": (), "compiled": False}
 LAYERS = {"gpt2": 3, "gemma3_text": 2, "mixtral": 2}
+Compared = tuple[Any, Measurements]
 
 
 @pytest.fixture(scope="session")
-def bench() -> Any:
+def bench() -> Iterator[Any]:
     """The benchmark's module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCH))
@@ -39,79 +42,135 @@ def bench() -> Any:
 
 
 @pytest.fixture(scope="session")
-def trained(bench: ModuleType, request: pytest.FixtureRequest) -> Any:
-    """Return a small trained model of a type; it is kept in pytest's cache as long as torch and the recipe are the same."""
+def trained(bench: Any, request: pytest.FixtureRequest) -> Callable[[str], nn.Module]:
+    """Return a small trained model of a type; pytest's cache keeps it as long as torch and the benchmark are the same."""
     recipe = hashlib.sha256(Path(bench.__file__).read_bytes() + repr(LAYERS).encode()).hexdigest()[:12]
 
     def get(kind: str) -> nn.Module:
         folder = Path(request.config.cache.mkdir(f"agreement-torch-{torch.__version__}-{recipe}")) / kind
         if not (folder / "config.json").exists():
-            training = bench.Training(layers=LAYERS, steps=150, batch_size=16)
-            model, loss = bench.train(kind, training, length=96)
-            assert loss < 1.6, f"{kind} has learnt nothing: {loss:.2f} nats per character"
+            model, loss = bench.train(kind, bench.Training(layers=LAYERS, steps=120, batch_size=16), length=LENGTH)
+            assert loss < 1.6, f"{kind} has learnt too little: {loss:.2f} nats per character"
             model.save_pretrained(folder)
         return load_model(str(folder))
 
     return get
 
 
+@pytest.fixture(scope="module")
+def compared(bench: Any, trained: Callable[[str], nn.Module]) -> Callable[[str], Compared]:
+    """Return a trained model of a type, ready to run, and its measurements beside its predictions."""
+
+    @functools.cache
+    def get(kind: str) -> Compared:
+        texts, tokenizer = bench.problem_texts(), load_tokenizer("tinygsm")
+        subject = bench.Subject.of(trained(kind), texts, bench.Setting(**SIZE), tokenizer=tokenizer)
+        return subject, measured(subject)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def stories(bench: Any, shared_models: Path) -> Callable[[str], Compared]:
+    """Return the same of a llama model that was trained on stories."""
+
+    @functools.cache
+    def get(name: str) -> Compared:
+        text = shared_models.parent / "data" / "tiny_stories.txt"
+        subject = bench.Subject.of(str(shared_models / name), text, bench.Setting(**SIZE))
+        return subject, measured(subject)
+
+    return get
+
+
 def measured(subject: Any) -> Measurements:
-    """Return the measurements of all sites of a subject, with the predictions beside them."""
+    """Return the measurements of all probes of a subject, with the predictions beside them."""
     found = subject.measure(subject.probes, subject.setting.levels)
     return dataclasses.replace(found, predictions=subject.predict())
 
 
-def check(bench: ModuleType, m: Measurements, sites: int) -> None:
+def check(bench: Any, m: Measurements, sites: int) -> None:
     levels = agreement(m)
     assert list(levels) == [level_key(level) for level in m.levels]
     for level, found in levels.items():
-        assert found["probes"] >= sites
+        assert found["probes"] == sites
         assert bench.misses(found) == [], (level, found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["babyllama", "stories260k"])
-def test_sites_of_trained_llama_models(name: str, shared_models: Path, bench: ModuleType) -> None:
-    text = shared_models.parent / "data" / "tiny_stories.txt"
-    check(bench, measured(bench.Subject.of(str(shared_models / name), text, bench.Setting(**SIZE))), sites=46)
-
-
-@pytest.fixture(scope="module")
-def embedded(bench: ModuleType) -> Any:
-    """The embedded model (qwen2) with a quarter of its core sites, and what was predicted and measured there."""
-    subject = bench.Subject.of("tinygsm", bench.problem_texts(), bench.Setting(**SIZE, sites=36))
-    return subject, measured(subject)
+def test_sites_of_llama_models(name: str, stories: Callable[[str], Compared], bench: Any) -> None:
+    check(bench, stories(name)[1], sites=46)
 
 
 @pytest.mark.slow
-def test_sites_of_the_embedded_model(embedded: Any, bench: ModuleType) -> None:
-    check(bench, embedded[1], sites=36)
+@pytest.mark.parametrize(("kind", "sites"), [("gpt2", 19), ("gemma3_text", 19)])
+def test_sites_of_other_architectures(kind: str, sites: int, compared: Callable[[str], Compared], bench: Any) -> None:
+    check(bench, compared(kind)[1], sites=sites)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LAYERS)
-def test_sites_of_other_architectures(kind: str, trained: Any, bench: ModuleType) -> None:
-    setting = bench.Setting(**SIZE)
-    subject = bench.Subject.of(trained(kind), bench.problem_texts(), setting, tokenizer=load_tokenizer("tinygsm"))
-    check(bench, measured(subject), sites=18)
+def test_sites_of_the_embedded_model(bench: Any) -> None:
+    # This qwen2 model is so sure of most tokens that one token can hold most of the KL: with two seeds the measurement
+    # does not agree with itself (see the benchmark). So there are fewer sites with more seeds, spread over the range of
+    # what was predicted, and one level.
+    setting = bench.Setting(**{**SIZE, "samples": 16, "levels": (0.1,)}, seeds=6, sites=48)
+    subject = bench.Subject.of("tinygsm", bench.problem_texts(), setting)
+    predictions = subject.predict()
+    ranked = sorted(subject.probes, key=lambda probe: float(predictions.kl(probe.sites, 0.1).sum()))
+    found = subject.measure(bench.spread(ranked, 12), setting.levels)
+    check(bench, dataclasses.replace(found, predictions=predictions), sites=12)
 
 
 @pytest.mark.slow
-def test_channels_of_one_site(embedded: Any, bench: ModuleType) -> None:
-    subject, m = embedded
-    sites = {site.id: site for site in subject.noisy.sites}
-    site = next(p.key for p in subject.probes[len(subject.probes) // 2 :] if sites[p.key].op == "linear")
+def test_routed_experts(compared: Callable[[str], Compared], bench: Any) -> None:
+    """Second order does not see that noise changes which experts run; but for that, predictions hold."""
+    subject, free = compared("mixtral")
+    held = measured(subject.with_routing_held())
+    check(bench, held, sites=19)
+
+    def ratios(m: Measurements) -> dict[str, Any]:
+        values = bench.predicted_per_token(m, m.predictions) / bench.kl_per_token(m).mean(axis=-1)
+        return dict(zip([p.key for p in m.probes], values, strict=True))
+
+    free_ratios, last = ratios(free), "model.layers.1.mlp"
+    behind = [f"{last}.experts:grouped_mm:0", f"{last}.experts:grouped_mm:1", "lm_head:linear:0"]
+    for site in behind:  # no router comes after these
+        np.testing.assert_array_equal(free_ratios[site], ratios(held)[site])
+    before = np.array([values for site, values in free_ratios.items() if site not in behind])
+    assert np.median(before) < 0.8
+    # A change of experts costs in proportion to the level, not to its square: the router's own prediction fails worst,
+    # and twice as badly at half of the level.
+    router = free_ratios[f"{last}.gate:linear:0"]
+    assert router[1] < 0.3
+    assert 1.3 < router[1] / router[0] < 3.0
+
+
+@pytest.mark.slow
+def test_channels_of_a_story_model(stories: Callable[[str], Compared], bench: Any) -> None:
+    check_channels(*stories("babyllama"), "model.layers.2.mlp.up_proj:linear:0", bench)
+
+
+@pytest.mark.slow
+def test_channels_of_a_trained_model(compared: Callable[[str], Compared], bench: Any) -> None:
+    check_channels(*compared("gpt2"), "transformer.h.1.mlp.c_fc:linear:0", bench)
+
+
+def check_channels(subject: Any, m: Measurements, site: str, bench: Any) -> None:
+    """Noise on one channel alone costs what is predicted for it, for 20 channels of the site."""
     chosen, predicted, found = subject.channels(m.predictions, site)
     assert len(set(chosen)) == 20
     assert predicted[-1] > 10 * predicted[0]
     assert spearmanr(predicted, found).statistic >= bench.CHANNEL_SPEARMAN
-    # Every channel is masked again as it was, and other channels would have been told apart.
+    assert abs(np.median(predicted / found) - 1.0) < 0.1
+    # Other channels of like magnitudes would have been told apart, and the masks are as they were.
+    assert spearmanr(np.roll(predicted, 3), found).statistic < bench.CHANNEL_SPEARMAN
     assert bool((subject.noisy.controls.sites[site].channels == 1).all())
-    assert spearmanr(np.roll(predicted, 7), found).statistic < bench.CHANNEL_SPEARMAN
 
 
-def test_wrong_predictions_are_rejected(embedded: Any, bench: ModuleType) -> None:
-    m = embedded[1]
+@pytest.mark.slow
+def test_wrong_predictions_are_rejected(compared: Callable[[str], Compared], bench: Any) -> None:
+    m = compared("gpt2")[1]
 
     def missed(costs: Any) -> list[list[str]]:
         wrong = dataclasses.replace(m.predictions, costs=costs)
@@ -121,9 +180,10 @@ def test_wrong_predictions_are_rejected(embedded: Any, bench: ModuleType) -> Non
     assert missed(costs) == [[], []]
     for factor in (1.5, 1 / 1.5):
         assert missed(costs * factor) == [["median ratio", "within 25 %"]] * 2
-    assert all("median ratio" in found for found in missed(costs * 1.2))
-    # Every fourth site of the ranking exchanged with the third after it: each magnitude occurs as often as before.
+    for factor in (1.2, 1 / 1.2):
+        assert all("median ratio" in found for found in missed(costs * factor))
+    # Neighbours in the ranking exchanged: each magnitude occurs as often as before.
     order = np.argsort(costs.sum(axis=1))
     swapped = costs.copy()
-    swapped[order[::4]], swapped[order[3::4]] = costs[order[3::4]], costs[order[::4]]
+    swapped[order[0:-2:4]], swapped[order[2::4]] = costs[order[2::4]], costs[order[0:-2:4]]
     assert all("spearman" in found for found in missed(swapped))

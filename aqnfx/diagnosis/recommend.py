@@ -65,12 +65,17 @@ def recommend(smap: SensitivityMap) -> tuple[Recommendation, ...]:
     found: list[Recommendation] = []
     subjects: tuple[tuple[Subject, str], ...] = (("operator", "operators"), ("layer", "layers"))
     for subject, name in subjects:
-        rows = smap.ranking.get(name, [])
+        rows = [row for row in smap.ranking.get(name, []) if not _unfounded(smap, row)]
         found += [_single(subject, row) for row in rows if _priority(row) in (1, 2)]
         found += _grouped(smap, subject, [row for row in rows if _priority(row) == 3])
     found += [item for item in map(_window, smap.windows) if item is not None]
     found += _measure_more(smap)
     return tuple(sorted(found, key=lambda item: (item.priority, -(item.degradation or 0.0))))
+
+
+def _unfounded(smap: SensitivityMap, row: dict[str, Any]) -> bool:
+    """Say whether a row is an estimate at a level where the predictions were seen to fail."""
+    return bool(row.get("estimated") and smap.agreement.get(smap.base_key, {}).get("second_order_fails"))
 
 
 def nothing_distinguishable(smap: SensitivityMap) -> bool:
@@ -154,6 +159,12 @@ def _window(window: dict[str, Any]) -> Recommendation | None:
 
 def _measure_more(smap: SensitivityMap) -> list[Recommendation]:
     found = []
+    unfounded = [row["key"] for rows in smap.ranking.values() for row in rows if _unfounded(smap, row)]
+    if unfounded:
+        found.append(
+            f"at level {smap.base_level:g} predictions do not hold, and {', '.join(unfounded)} were only predicted: use "
+            "--method measure, or a lower --base-level"
+        )
     if smap.partial:
         asked = smap.task.get("samples_requested", "?")
         found.append(f"the run stopped after {smap.samples} of {asked} samples: finish it")

@@ -82,24 +82,31 @@ def agreement(record: dict[str, Any]) -> str:
         "## Predicted against measured: `python examples/bench/agreement.py`",
         "",
         described(record) + f" {setting['samples']} samples of at most {setting['length']} tokens, noise"
-        f" `relative_gaussian` at one core site (linear, matmul, bmm) at a time; {setting['draws']} projection draws against"
-        f" {setting['seeds']} noise seeds. Ratios are predicted / measured KL. Of models trained by the benchmark the loss"
-        " is in nats per character.",
+        " `relative_gaussian` at one site (linear, matmul, bmm, grouped_mm) at a time. Ratios are predicted / measured KL;"
+        f" predictions have {setting['draws']} draws. Of models that the benchmark trains, the loss is in nats per"
+        " character. *Seeds differ* is the median difference between the two halves of the noise seeds: what the"
+        " measurement itself can resolve.",
         "",
-        "| model | σ | sites | Spearman | median ratio | within 25 % | worst site (ratio) |",
-        "|---|---|---|---|---|---|---|",
+        "| model | σ | sites | Spearman | median ratio | within 25 % | worst site (ratio) | seeds differ |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, model in record["models"].items():
         title = name + (f" (loss {model['loss']:.2f})" if "loss" in model else "")
         for level, row in model["levels"].items():
             rank = "" if row["spearman"] is None else f"{row['spearman']:.4f}"
+            noise = f"{model['noise']['seeds'][level]['difference']:.1%} ({model['seeds']} seeds)"
             lines.append(
                 f"| {title} | {level} | {row['probes']} | {rank} | {row['median_ratio']:.3f} |"
-                f" {row['within_25_percent']:.1%} | `{row['worst']['key']}` ({row['worst']['ratio']:.2f}) |"
+                f" {row['within_25_percent']:.1%} | `{row['worst']['key']}` ({row['worst']['ratio']:.2f}) | {noise} |"
             )
     lines += [
         "",
-        "Where second order fails: the same points of all models and levels, by the size of the predicted KL:",
+        "Where experts are routed, noise before a router also changes which experts run. That has no derivative, and it costs",
+        "in proportion to σ rather than σ²: predictions are too low there, most of all at small σ. With every token held at the",
+        "experts of its clean run (*routing held*) they hold.",
+        "",
+        "Where second order fails: the same points of all models and levels (without free routing), by the size of the",
+        "predicted KL:",
         "",
         "| predicted KL, nats per token | points | median ratio | within 25 % |",
         "|---|---|---|---|",

@@ -15,6 +15,7 @@ from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.estimated import Fit, agreement, with_estimates
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
+from aqnfx.diagnosis.recommend import recommend
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.reporting.report import save_report
 from tests.cli.tiny import TEXT, save_model
@@ -114,6 +115,12 @@ def test_wrong_predictions_are_seen(both: Measurements) -> None:
     broken = interpret(dataclasses.replace(both, predictions=wrong))
     assert broken.agreement["0.1"]["second_order_fails"]
     assert any("too large for a second-order prediction" in note for note in broken.notes)
+    base = dataclasses.replace(broken, agreement={"0.3": broken.agreement["0.1"]})
+    (last,) = (item for item in recommend(base) if item.priority == 4)
+    estimated = [row["key"] for row in base.ranking["layers"] if row["estimated"]]
+    assert "were only predicted: use --method measure" in last.reason
+    assert all(key in last.reason for key in estimated)
+    assert not any(set(item.targets) & set(estimated) for item in recommend(base) if item.subject == "layer")
 
 
 def test_windows_compare_with_their_prediction(smap: Any) -> None:

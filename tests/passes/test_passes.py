@@ -40,6 +40,8 @@ SPECS = [
     ("tag-layers,tag-ops,insert-noise", 'insert-noise{where="ops:softmax"}'),
     ("tag-layers,tag-ops,insert-noise", "strip"), ("tag-layers", "strip"),
     ("tag-layers,tag-ops,insert-noise", "lower-ops"),
+    ("tag-layers,tag-ops", 'insert-score{where="ops:linear" samples=3 weights=true perturb=bias}'),
+    ("tag-layers,tag-ops", 'insert-capture{where="ops:linear"}'),
 ]  # fmt: skip
 
 
