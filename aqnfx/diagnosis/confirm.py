@@ -11,6 +11,7 @@ from aqnfx.diagnosis.details import THRESHOLD_COST, estimate, level_records
 from aqnfx.diagnosis.estimated import Fit
 from aqnfx.diagnosis.estimates import Options, SampleScores
 from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.errors import Interrupted
 from aqnfx.probes.measurements import Measurements, Probe
 
 LARGEST_LEVEL = 1.0
@@ -42,14 +43,17 @@ def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
 def confirm(m: Measurements, run: Runner) -> tuple[Measurements, ...]:
     """Measure the operators and layers with the lowest predicted thresholds at those thresholds.
 
-    ``run(probe, level)`` measures one probe at one level. Stops where a run is interrupted.
+    ``run(probe, level)`` measures one probe at one level. An interruption ends it: what is confirmed by then is returned.
     """
     found: list[Measurements] = []
     for kind in ("operator", "layer"):
         limits = {p: predicted_threshold(m, p) for p in m.planned if p.kind == kind}
         known = sorted((level, i, p) for i, (p, level) in enumerate(limits.items()) if level is not None)
         for level, _, probe in known[:CONFIRMED]:
-            measured = run(probe, level)
+            try:
+                measured = run(probe, level)
+            except Interrupted:  # the map is whole without it
+                return tuple(found)
             if not measured.complete or measured.samples != m.samples:
                 return tuple(found)
             found.append(measured)

@@ -10,12 +10,13 @@ import pytest
 
 import aqnfx
 from aqnfx.diagnosis.choose import CHECKS, choose_probes
-from aqnfx.diagnosis.confirm import predicted_threshold
+from aqnfx.diagnosis.confirm import confirm, predicted_threshold
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.estimated import Fit, agreement, with_estimates
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.recommend import recommend
+from aqnfx.errors import Interrupted
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.reporting.report import save_report
 from tests.cli.tiny import TEXT, save_model
@@ -196,3 +197,16 @@ def test_the_batch_size_changes_no_prediction(directory: Path, both: Measurement
     light = run(directory, TEXT * 2, Options(**QUICK | {"checkpoint": True, "method": "predict"}))
     assert light.predictions is not None
     np.testing.assert_allclose(light.predictions.costs, both.predictions.costs, rtol=1e-6)
+
+
+def test_an_interruption_of_the_confirmation_keeps_the_map(both: Measurements) -> None:
+    calls: list[str] = []
+
+    def stopped(probe: Probe, _level: float) -> Measurements:
+        calls.append(probe.key)
+        if len(calls) > 1:
+            raise Interrupted("interrupted before the first probe was finished on the first samples")
+        return both.confirmed[0]
+
+    assert confirm(both, stopped) == (both.confirmed[0],)
+    assert len(calls) == 2
