@@ -54,11 +54,11 @@ class InsertScore(Pass):
             raise PassError(f"{self.name}: samples {self.samples} and draws {self.draws} must be at least 1")
         for name in self.perturbations:
             perturbation(name)
-        if program.ran(self.name):
-            raise PassError(f"{self.name}: it has run already; strip first")
+        if any(node.target is torch.ops.aqnfx.score.default for node in program.graph.nodes):
+            raise PassError(f"{self.name}: the program has score nodes already; strip first")
 
     def run(self, program: Program) -> None:
-        """Insert the nodes and register the accumulators."""
+        """Insert the nodes and register the accumulators; a fixed perturbation has no cost per channel."""
         nodes, module = program.site_nodes(), program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
         parameters = [n for n in program.graph.nodes if self.weights and _is_parameter(module, n)]
@@ -68,7 +68,7 @@ class InsertScore(Pass):
         def buffer(name: str, value: torch.Tensor, site: str | None = None) -> Node:
             return control_buffer(module, f"score_{name}", value.to(device), inserted_by=self.name, site=site)
 
-        anchor = buffer("anchor", torch.zeros(0, requires_grad=True))
+        anchor = buffer("anchor", torch.zeros(0, device=device).requires_grad_())
         run = buffer("run", torch.zeros(3, dtype=torch.int32))
         hits = buffer("hits", torch.zeros(count, dtype=torch.int64))
         table = buffer("sequences", torch.zeros(count, self.draws, self.samples, dtype=torch.float64))
@@ -82,7 +82,7 @@ class InsertScore(Pass):
             value = tensor_value(anchor_node)
             assert value is not None  # a site is a node with one tensor
             channels, width = None, static_size(value.shape[-1]) if value.dim() > 1 else None
-            if self.channels and isinstance(width, int):
+            if self.channels and self.kind != NoiseKind.BIAS and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             args = (
                 anchor_node, anchor, run, hits, table, channels, sketch, index, sample_count(value, batch),

@@ -53,13 +53,19 @@ def run_session(
     with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
+        told = ["starting"]
+
+        def status(text: str) -> None:
+            told[0] = text
+            bar.update(task, description=text)
+
         def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description="measuring")
+            text = told[0] if told[0] in ("predicting", "confirming thresholds") else "measuring"
+            bar.update(task, completed=done, total=total, description=text)
 
         try:
             smap = diagnose(
-                model, data, journal=journal, progress=progress,
-                status=lambda text: bar.update(task, description=text), **options,
+                model, data, journal=journal, progress=progress, status=status, **options,
             )  # fmt: skip
         except BaseException as error:  # a failure of any kind leaves no journal without finished work
             _leave_nothing(None if resume else journal, made)

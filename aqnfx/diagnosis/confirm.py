@@ -40,10 +40,11 @@ def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
     return level if 0.0 < level <= LARGEST_LEVEL else None
 
 
-def confirm(m: Measurements, run: Runner) -> tuple[Measurements, ...]:
+def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], bool]:
     """Measure the operators and layers with the lowest predicted thresholds at those thresholds.
 
-    ``run(probe, level)`` measures one probe at one level. An interruption ends it: what is confirmed by then is returned.
+    ``run(probe, level)`` measures one probe at one level. Returns what was confirmed, and whether that is all: an
+    interruption ends it.
     """
     found: list[Measurements] = []
     for kind in ("operator", "layer"):
@@ -52,12 +53,12 @@ def confirm(m: Measurements, run: Runner) -> tuple[Measurements, ...]:
         for level, _, probe in known[:CONFIRMED]:
             try:
                 measured = run(probe, level)
-            except Interrupted:  # the map is whole without it
-                return tuple(found)
-            if not measured.complete or measured.samples != m.samples:
-                return tuple(found)
+            except (Interrupted, KeyboardInterrupt):
+                return tuple(found), False
+            if not measured.complete:
+                return tuple(found), False
             found.append(measured)
-    return tuple(found)
+    return tuple(found), True
 
 
 def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[str, Any]]:

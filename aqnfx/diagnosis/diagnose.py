@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Data, Prepared, capture_on, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
@@ -77,17 +79,22 @@ def run(
 ) -> Measurements:
     """Do the predicting and measuring part of :func:`diagnose` and return the raw scores."""
     tell = status or (lambda _text: None)
+    if calibration is not None and options.method == "measure":
+        raise InputError("calibration data is for activation statistics, which --method measure does not read; leave it out")
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
     predictions, captures, probes = None, None, ready.probes
     if options.method != "measure":
         tell("predicting")
-        predictions, captures = _predict(ready, options, progress, calibration is None)
-        if calibration is not None:
+        # Recomputed blocks would count their activations again and again.
+        together = calibration is None and not options.checkpoint
+        predictions, captures = _predict(ready, options, progress, together)
+        if not together:
             tell("reading activations")
             captures = capture_on(calibration, ready, options)
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
         candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
         probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
+        probes = _recorded_probes(tuple(candidates), journal, options) or probes
     seeds = tuple(range(options.seed, options.seed + options.seeds))
     sweep = Sweep(probes=probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
     work = ready.batches(options, ready.longest if options.compile == "yes" else None)
@@ -121,12 +128,14 @@ def run(
     found = dataclasses.replace(found, captures=captures)
     if not found.complete:
         return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
-    traces = _weight_traces(ready, options, predictions, tell)
+    if predictions is not None:
+        found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+    try:
+        traces = _weight_traces(ready, options, predictions, tell)
+    except KeyboardInterrupt:
+        return dataclasses.replace(found, complete=False)
     found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
-    if predictions is None:
-        return found
-    found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
-    if options.method == "predict":
+    if options.method != "both":
         return found
 
     def at(probe: Probe, level: float) -> Measurements:
@@ -134,7 +143,28 @@ def run(
         return measure(noisy, forward, work, single, noise_kind=options.noise)
 
     tell("confirming thresholds")
-    return dataclasses.replace(found, confirmed=confirm(found, at))
+    confirmed, complete = confirm(found, at)
+    return dataclasses.replace(found, confirmed=confirmed, complete=complete)
+
+
+def _recorded_probes(
+    candidates: tuple[Probe, ...], journal: str | Path | None, options: Options
+) -> tuple[Probe, ...]:
+    """Return the probes that the journal was begun with, where it is one of the same method: a choice must not change."""
+    earlier = recorded_identity(Path(journal)) if journal is not None else {}
+    if earlier.get("method") != _method(options):
+        return ()
+    known = {json.dumps(_probe_identity(p)): p for p in candidates}
+    recorded = [json.dumps(item) for item in earlier.get("probes", [])]
+    return tuple(known[item] for item in recorded) if all(item in known for item in recorded) else ()
+
+
+def _probe_identity(probe: Probe) -> list[Any]:
+    return [probe.kind, probe.key, len(probe.sites)]
+
+
+def _method(options: Options) -> list[Any]:
+    return ["measure"] if options.method == "measure" else [options.method, options.draws]
 
 
 def _weight_traces(
@@ -144,6 +174,8 @@ def _weight_traces(
     if options.metric is None:
         return ()
     tell(options.metric)
+    if options.metric == "hessian-trace" and not ready.causal:
+        raise ModelError("hessian-trace is of the next-token loss; this model sees later tokens: use fisher-trace")
     if options.metric == "fisher-trace":
         return fisher_traces(predictions or _predict(ready, options, None, False)[0], ready.program)
     fused = any(site.op == OpKind.SDPA for site in ready.program.sites)
@@ -180,7 +212,7 @@ def _identity(program: Program, ready: Prepared, sweep: Sweep, options: Options)
         "versions": {"aqnfx": aqnfx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "model": model_digest(program), "graph": program.original, "data": data_digest(ready.encoded),
         "pipeline": program.pipeline, "levels": list(sweep.levels), "seeds": list(sweep.seeds), "task": sweep.task,
-        "probes": [[p.kind, p.key, len(p.sites)] for p in sweep.probes], "batch_size": options.batch_size,
+        "probes": [_probe_identity(p) for p in sweep.probes], "method": _method(options), "batch_size": options.batch_size,
         "device": options.device,
     }  # fmt: skip
 

@@ -94,6 +94,10 @@ def activation_statistics(m: Measurements, site: str) -> dict[str, Any]:
     return {**m.captures.statistics(site), "perturbation": m.captures.perturbation}
 
 
+def _medians(found: dict[str, Any]) -> str:
+    return ", ".join(f"{ratio:.2f} over {kind}s" for kind, ratio in found["median_ratio_by_kind"].items() if kind != "all")
+
+
 def prediction_notes(m: Measurements) -> list[str]:
     """Say where the predictions do not hold, or cannot be made."""
     if m.predictions is None:
@@ -105,8 +109,8 @@ def prediction_notes(m: Measurements) -> list[str]:
     for level, found in agreement(m).items():
         if found["second_order_fails"]:
             notes.append(
-                f"At level {level} the median of predicted / measured KL is {found['median_ratio']:.2f}: the noise is too "
-                "large for a second-order prediction; read the measured values there."
+                f"At level {level} the median of predicted / measured KL is {_medians(found)}: the noise is too large for a "
+                "second-order prediction; read the measured values there."
             )
     estimates = len(set(m.planned) - set(m.probes))
     if estimates:

@@ -88,12 +88,14 @@ def prepare(
     )  # fmt: skip
 
 
-def capture_on(data: Data, ready: Prepared, options: Options) -> Captures:
-    """Return activation statistics of the selected sites on ``data``, read like the samples and at most as long."""
-    encoded, _ = load_samples(
-        data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
-        pack=options.pack,
-    )  # fmt: skip
+def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures:
+    """Return activation statistics of the selected sites on ``data`` (None: the samples), at most as long as the samples."""
+    encoded = ready.encoded
+    if data is not None:
+        encoded, _ = load_samples(
+            data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
+            pack=options.pack,
+        )  # fmt: skip
     made = make_batches(
         encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
     )
@@ -120,6 +122,8 @@ def plan(
                 notes.append(f"{longest} selected layer has no window of several layers, so none was probed")
             else:
                 notes.append(f"windows hold {window} layers, because no more are selected")
+    if options.checkpoint and options.method == "measure" and options.metric != "fisher-trace":
+        notes.append("nothing was predicted, so there was nothing to checkpoint")
     if "window" in kinds and options.step > window:
         notes.append(f"step {options.step} is larger than the window of {window}: some layers are in no window")
     probes = plan_probes(program, selector, kinds=kinds, window=window, step=options.step)

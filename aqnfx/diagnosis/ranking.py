@@ -50,6 +50,11 @@ def rank(
     next_loss, tied_next = _compare(loss[:-1] - loss[1:], scores.loss_base, options)
     next_kl, tied_kl = _compare(kl[:-1] - kl[1:], scores.tokens, options)
     _, tied_first = _compare(loss[:1] - loss[1:], scores.loss_base, options)
+    # A test between a measurement and a number that was read off a curve would be a test of the curve.
+    guess = [bool(records[i].get("estimated", False)) for i in order]
+    tied_next = [tie or guess[k] or guess[k + 1] for k, tie in enumerate(tied_next)]
+    tied_kl = [tie or guess[k] or guess[k + 1] for k, tie in enumerate(tied_kl)]
+    tied_first = [tie or guess[0] or guess[k + 1] for k, tie in enumerate(tied_first)]
     entries = []
     for place, i in enumerate(order):
         record = records[i]

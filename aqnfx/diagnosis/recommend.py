@@ -75,7 +75,7 @@ def recommend(smap: SensitivityMap) -> tuple[Recommendation, ...]:
 
 def _unfounded(smap: SensitivityMap, row: dict[str, Any]) -> bool:
     """Say whether a row is an estimate at a level where the predictions were seen to fail."""
-    return bool(row.get("estimated") and smap.agreement.get(smap.base_key, {}).get("second_order_fails"))
+    return bool(row.get("estimated") and smap.agreement.get(smap.base_key, {}).get("second_order_fails", True))
 
 
 def nothing_distinguishable(smap: SensitivityMap) -> bool:
@@ -101,7 +101,9 @@ def _priority(row: dict[str, Any]) -> int | None:
 def _single(subject: Subject, row: dict[str, Any]) -> Recommendation:
     score, (low, high) = row["score"], row["score_ci"]
     span = "no interval" if low is None or high is None else f"interval {low:.2f} to {high:.2f}"
-    if row["critical"]:
+    if row.get("estimated"):
+        reason = f"sensitivity score {score:.2f} by prediction, not measured ({span})"
+    elif row["critical"]:
         reason = f"sensitivity score {score:.2f} is above 3 ({span})"
     elif row["class"] == "critical":
         reason = f"sensitivity score {score:.2f} is above 3, but the measurement does not settle it ({span})"
@@ -123,9 +125,11 @@ def _grouped(smap: SensitivityMap, subject: Subject, rows: list[dict[str, Any]])
         f"sensitivity score below 1.5 up to the high end of every interval (worst: {worst['key']}, "
         f"{worst['score']:.2f}, up to {worst['score_ci'][1]:.2f}) at noise level {smap.base_level:g}"
     )
-    if still := [row["key"] for row in rows if row["degradation_ci"] == [0.0, 0.0]]:
+    if still := [row["key"] for row in rows if row["degradation_ci"] == [0.0, 0.0] and not row.get("estimated")]:
         # An interval of zero width only says that the samples agree: effects rarer than one in n stay unseen.
         reason += f"; no change at all was seen in {', '.join(still)} on {smap.samples} samples"
+    if guessed := [row["key"] for row in rows if row.get("estimated")]:
+        reason += f"; {', '.join(guessed)} by prediction, not measured"
     return [
         Recommendation(
             priority=3, subject=subject, targets=tuple(row["key"] for row in rows), reason=reason,
@@ -148,10 +152,12 @@ def _window(window: dict[str, Any]) -> Recommendation | None:
     ratio, (low, high) = window["amplification"], window.get("amplification_ci") or (None, None)
     if ratio is not None and low is not None and high is not None:
         whole = "their prediction" if window.get("predicted_from") == ONE_PASS else "the sum of the single layers"
-        verdict = "more than independent errors" if window.get("superadditive") else "not shown to exceed independent errors"
+        above = window.get("superadditive")
+        verdict = "more than independent small errors" if above else "not shown to exceed independent small errors"
         reason += f"; {ratio:.2f} times {whole} ({low:.2f} to {high:.2f}): {verdict}"
     return Recommendation(
-        priority=1 if window.get("avalanche") else 2, subject="window",
+        priority=1 if window.get("avalanche") or (window["class"] == "avalanche" and window["distinguishable"]) else 2,
+        subject="window",
         targets=tuple(str(layer) for layer in window["layers"]), reason=reason,
         degradation=window.get("degradation"), ci=_ci(window.get("degradation_ci")),
     )  # fmt: skip

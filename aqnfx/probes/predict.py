@@ -144,7 +144,8 @@ def predict(
                     "scored site has a path to the output"
                 )
             mask = _positions(batch, logits)
-            tokens[batch.row_offset : batch.row_offset + batch.size] = mask[: batch.size].flatten(1).sum(1).cpu().numpy()
+            counts = mask[: batch.size].reshape(batch.size, -1).sum(1)
+            tokens[batch.row_offset : batch.row_offset + batch.size] = counts.cpu().numpy()
             for draw in range(draws):
                 buffers.set_run(draw=draw, row_offset=batch.row_offset)
                 u = projection(logits.detach(), mask, seed=seed, draw=draw, row_offset=batch.row_offset, output=output)
@@ -172,7 +173,7 @@ def projection(
             p = torch.softmax(wide, dim=-1)
             scaled = v.mul_(p.sqrt())
             v = scaled.sub_(p.mul_(scaled.sum(-1, keepdim=True)))
-        if not bool(torch.isfinite(v.sum())):
+        if not bool(torch.isfinite(chosen).all()):
             raise ProbeError(f"logits are not finite at scored positions of sample {row_offset + row}")
         result[row][mask[row]] = v.to(logits.dtype)
     return result
@@ -224,6 +225,9 @@ def _collect(
     sketch = None
     if buffers.sketch is not None:
         sketch = buffers.sketch[rows, :, :draws, :samples].cpu().numpy()
+        if not np.isfinite(sketch).all():
+            broken = names[int(np.argwhere(~np.isfinite(sketch))[0, 0])]
+            raise ProbeError(f"a declared perturbation or its gradient is not finite at {broken}; run the model in float32")
     return Predictions(
         sites=tuple(sites[name] for name in names), kind=buffers.kind, tokens=tokens, costs=table[rows], draws=draws,
         reached=buffers.hits.cpu().numpy()[rows] > 0, perturbations=buffers.perturbations, sketch=sketch,

@@ -63,7 +63,7 @@ def hessian_traces(
     """Return the trace of the Hessian of the mean NLL (nats per token) for every parameter.
 
     Per batch and draw vᵀHv with random signs v, one double backward pass for all parameters: the blocks of different
-    parameters do not mix in expectation. The standard error is over batches and draws. Raises :class:`ModelError` where the
+    parameters do not mix in expectation. The standard error is over batches. Raises :class:`ModelError` where the
     graph cannot be differentiated twice (a fused attention kernel: run ``decompose-attention`` first).
     """
     batches = tuple(batches)
@@ -88,8 +88,10 @@ def hessian_traces(
     finally:
         for n, p in named.items():
             p.requires_grad_(wanted[n])
-    return tuple(
-        _weighted(n, p.numel(), np.array(estimates[n]) * np.array(weights), np.array(weights)) for n, p in named.items()
+    per_batch = np.array(weights)[::draws]
+    return tuple(  # draws of one batch are not independent samples of the data: one term per batch
+        _weighted(n, p.numel(), np.array(estimates[n]).reshape(-1, draws).mean(1) * per_batch, per_batch)
+        for n, p in named.items()
     )
 
 
@@ -119,6 +121,8 @@ def _products(
             grads, [named[n] for n in used], signs, retain_graph=not last, allow_unused=True
         )
     except RuntimeError as error:
+        if "derivative" not in str(error) and "not implemented" not in str(error):
+            raise
         raise ModelError(
             f"the graph cannot be differentiated twice ({str(error).splitlines()[0]}); run decompose-attention before"
         ) from error

@@ -111,15 +111,17 @@ def _heat(values: dict[str, Any] | None, *, with_kl: bool) -> Text:
 def _windows(smap: SensitivityMap) -> Table | None:
     if not smap.windows:
         return None
-    grid = _table(f"Windows, degradation at {smap.base_level:g} (! avalanche point, + more than the sum of its layers)")
+    predicted = smap.method != "measure"
+    whole = "its prediction, ^ not measured" if predicted else "the sum of its layers"
+    grid = _table(f"Windows, degradation at {smap.base_level:g} (! avalanche point, + more than {whole})")
     grid.add_column("Layers", overflow="fold", ratio=1)
-    for heading in ("Lost", "Interval", "KL", "x sum"):
+    for heading in ("Lost", "Interval", "KL", "x pred." if predicted else "x sum"):
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("Class", no_wrap=True)
     for window in smap.windows:
         grid.add_row(
             Text(window_name(window["layers"]) + (" !" if window.get("avalanche") else "")),
-            percent(window.get("degradation")),
+            percent(window.get("degradation")) + ("^" if window.get("estimated") else ""),
             percent_range(window.get("degradation_ci")),
             nats(window["measured"]),
             factor(window["amplification"]) + ("+" if window.get("superadditive") else ""),

@@ -146,9 +146,10 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         return []
     body = [
         (
-            window_name(window["layers"]), percent(window.get("degradation")),
+            window_name(window["layers"]), percent(window.get("degradation")) + (" (est.)" if window.get("estimated") else ""),
             percent_range(window.get("degradation_ci")), window.get("class", MISSING),
-            nats(window["measured"]), nats_range(window.get("ci")), nats(window["predicted"]),
+            nats(window["measured"]) if not window.get("estimated") else "not measured",
+            nats_range(window.get("ci")) if not window.get("estimated") else MISSING, nats(window["predicted"]),
             factor(window["amplification"]), factor_range(window.get("amplification_ci")),
             "yes" if window.get("superadditive") else "no", "yes" if window.get("avalanche") else "no",
         )
@@ -156,8 +157,9 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     points = [window_name(layers) for layers in report["avalanche_points"]]
     found = f"Avalanche points: {names(points, limit=20)}." if points else "No avalanche points."
+    predicted = "Sum of single layers" if smap.method == "measure" else "Predicted KL"
     header = (
-        "Layers", "Degradation", "Interval", "Class", "KL (nats/token)", "Interval", "Sum of single layers",
+        "Layers", "Degradation", "Interval", "Class", "KL (nats/token)", "Interval", predicted,
         "Amplification", "Interval", "Superadditive", "Avalanche point",
     )  # fmt: skip
     title = f"## Windows at level {smap.base_level:g}"

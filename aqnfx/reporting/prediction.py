@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.text import MISSING, factor, names, nats, nats_range, percent, percent_range
+from aqnfx.reporting.text import MISSING, escape_markdown, factor, names, nats, nats_range, percent, percent_range
 
 TOP_SITES, TOP_CHANNEL_SITES, TOP_WEIGHTS = 15, 10, 15
 Table = Callable[..., list[str]]
@@ -145,7 +145,7 @@ def weight_section(report: dict[str, Any], table: Table) -> list[str]:
     ]
     header = ("Weight", "Trace (nats/token)", "Standard error", "Per element", "Elements")
     more = len(record["values"]) - len(rows)
-    lines = [f"## Weights by {record['metric']}", "", f"{record['source']}."]
+    lines = [f"## Weights by {escape_markdown(record['metric'])}", "", f"{escape_markdown(record['source'])}."]
     return [*lines, "", *table(header, rows, right=(1, 2, 3, 4)), *(["", f"{more} more are in the map."] if more > 0 else [])]
 
 

@@ -60,8 +60,12 @@ def _nothing(smap: SensitivityMap) -> str:
 
 
 def _most_sensitive(smap: SensitivityMap, one: str, many: str, rows: list[dict[str, Any]]) -> list[str]:
+    predicted = [row["key"] for row in rows if row.get("estimated")]
+    rows = [row for row in rows if not row.get("estimated")]
     if not rows:
         return []
+    if predicted:
+        many = f"measured {many}"
     if not any(row["distinguishable"] for row in rows):
         return [f"No {one} is distinguishable from no effect on its own."]
     text = f"The most sensitive {one} is {_entry_text(rows[0])}, class {rows[0]['class']}"
@@ -82,14 +86,15 @@ def _entry_text(row: dict[str, Any]) -> str:
 
 
 def _windows(smap: SensitivityMap) -> list[str]:
-    known = [window for window in smap.windows if window.get("degradation") is not None]
+    known = [w for w in smap.windows if w.get("degradation") is not None and not w.get("estimated")]
     if not known:
         return []
     worst = max(known, key=lambda window: float(window["degradation"]))
     text = f"{percent(worst['degradation'])} ({percent_range(worst.get('degradation_ci'))})"
     if worst["amplification"] is not None:
+        whole = "its prediction" if smap.method != "measure" else "the sum of its layers"
         ratio, span = factor(worst["amplification"]), factor_range(worst.get("amplification_ci"))
-        text += f", {ratio} times the sum of its layers ({span})"
+        text += f", {ratio} times {whole} ({span})"
     points = [window_name(layers) for layers in smap.avalanche_points]
     if points:
         found = f"{len(points)} of {_plural(len(known), 'window')} are avalanche points ({names(points)})"

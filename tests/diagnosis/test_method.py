@@ -208,5 +208,5 @@ def test_an_interruption_of_the_confirmation_keeps_the_map(both: Measurements) -
             raise Interrupted("interrupted before the first probe was finished on the first samples")
         return both.confirmed[0]
 
-    assert confirm(both, stopped) == (both.confirmed[0],)
+    assert confirm(both, stopped) == ((both.confirmed[0],), False)
     assert len(calls) == 2

@@ -27,7 +27,7 @@ def test_priorities_follow_the_truth() -> None:
         ("operator", ("linear",)), ("layer", ("2",)), ("window", ("1", "2", "3")),
     }  # fmt: skip
     assert items[0].subject == "window"
-    assert "more than independent errors" in items[0].reason
+    assert "more than independent small errors" in items[0].reason
     safe = {item.subject: item.targets for item in found[3]}
     assert set(safe["layer"]) == {"0", "1", "3"}
     assert set(safe["operator"]) == {"softmax", "silu"}

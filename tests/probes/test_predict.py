@@ -208,6 +208,7 @@ def test_bias_noise_is_a_fixed_perturbation(net, tagged, monkeypatch):
     batch = points()
     found = run(scored(tagged, kind="bias", samples=4, draws=16), [batch], draws=16)
     first, second = (y.abs() for y in values(net, batch))
+    assert not found.channels  # a fixed perturbation of all channels has no cost per channel
     np.testing.assert_allclose(found.kl(SITES, 0.2), 0.2**2 * exact(net, batch, [(first, second)]).numpy(), rtol=1e-9)
 
 
@@ -348,7 +349,7 @@ def test_misuse_is_refused(tagged):
         found.perturbed_kl(SITES, "bias")
     with pytest.raises(InputError, match="unknown perturbation 'int3'"):
         scored(tagged, perturb="int3")
-    with pytest.raises(PassError, match="it has run already"):
+    with pytest.raises(PassError, match="has score nodes already"):
         Pipeline.parse("insert-score")(program)
 
 
