@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 $(VENV)/bin/python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "aqnfx: '$(PYTHON)' not found; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }

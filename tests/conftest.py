@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -46,31 +45,29 @@ def shared_models() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_unexplained_key] = []
+    config.pluginmanager.register(_SkipRule(config), "aqnfx-skip-rule")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    _note_unexplained(item.config, report)
-    return report
+class _SkipRule:
+    """Notes skips from their reports, which reach the main process from parallel workers too."""
 
+    def __init__(self, config: pytest.Config) -> None:
+        self.found: list[str] = []
+        config.stash[_unexplained_key] = self.found
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    _note_unexplained(collector.config, report)
-    return report
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
 
-def _note_unexplained(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
-    if not report.skipped or hasattr(report, "wasxfail"):
-        return
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    if not any(word in reason for word in SKIP_WORDS):
-        config.stash[_unexplained_key].append(f"{report.nodeid}: {reason}")
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else str(report.longrepr)
+        line = f"{report.nodeid}: {reason}"
+        if not any(word in reason for word in SKIP_WORDS) and line not in self.found:
+            self.found.append(line)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

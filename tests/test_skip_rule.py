@@ -21,10 +21,12 @@ import pytest
         ("@pytest.mark.xfail\ndef test_a(): assert False", 0),
     ],
 )
-def test_skip_rule(tmp_path: Path, source: str, expected: int) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_rule(tmp_path: Path, source: str, expected: int, workers: int) -> None:
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_one.py").write_text(f"import pytest\n{source}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "-c", "/dev/null", str(tmp_path)]
+    command += ["-n", str(workers)] if workers else ["-p", "no:xdist"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == expected, done.stdout + done.stderr
     assert ("without an expiry condition" in done.stdout) == ("no reason" in source or "later" in source)
