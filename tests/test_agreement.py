@@ -6,10 +6,14 @@ are fewer samples, levels and sites.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
+import shutil
+import tempfile
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,10 @@ def trained(bench: Any, request: pytest.FixtureRequest) -> Callable[[str], nn.Mo
         if not (folder / "config.json").exists():
             model, loss = bench.train(kind, bench.Training(layers=LAYERS, steps=120, batch_size=16), length=LENGTH)
             assert loss < 1.6, f"{kind} has learnt too little: {loss:.2f} nats per character"
-            model.save_pretrained(folder)
+            made = folder.with_name(f"{kind}-{os.getpid()}")
+            model.save_pretrained(made)
+            with contextlib.suppress(OSError):  # a parallel worker was first: its model is the same
+                made.rename(folder)
         return load_model(str(folder))
 
     return get
