@@ -11,8 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import shutil
-import tempfile
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
