@@ -130,9 +130,33 @@ def agreement(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def predict(record: dict[str, Any]) -> str:
+    base = record["memory"]["plain forward + backward"]
+    whole = record["map"]
+    lines = [
+        "## Prediction: `python examples/bench/predict.py`",
+        "",
+        described(record) + f" tinygsm, {record['samples']} samples. *Plain* is a forward and backward pass with gradients for"
+        " all weights; a draw computes none of those. Memory is that of the tensors that autograd keeps.",
+        "",
+        "| what | time against plain |",
+        "|---|---|",
+        *(f"| {name} | {spread(found)} |" for name, found in record["time"].items()),
+        "",
+        "| kept for the backward pass | MiB | against plain |",
+        "|---|---|---|",
+        *(f"| {name} | {size / 2**20:.0f} | {size / base:.2f}× |" for name, size in record["memory"].items()),
+        "",
+        f"The map of {record['sites']} sites at three levels takes {whole['predict_s']:.1f} s with 8 draws; measuring it to the"
+        f" same standard error ({whole['seeds_for_equal_error']:.1f} seeds) would take about {whole['measure_s']:.0f} s, by the"
+        f" time of one run: {whole['ratio']:.0f}×.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = [_HEAD]
-    for name, section in (("noise", noise), ("sweep", sweep), ("agreement", agreement)):
+    for name, section in (("noise", noise), ("sweep", sweep), ("predict", predict), ("agreement", agreement)):
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))) + "\n")
