@@ -46,12 +46,14 @@ def bench() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def trained(bench: Any, request: pytest.FixtureRequest) -> Callable[[str], nn.Module]:
     """Return a small trained model of a type; pytest's cache keeps it as long as torch and the benchmark are the same."""
-    recipe = hashlib.sha256(Path(bench.__file__).read_bytes() + repr(LAYERS).encode()).hexdigest()[:12]
+    recipe = hashlib.sha256((BENCH / "small_models.py").read_bytes() + repr(LAYERS).encode()).hexdigest()[:12]
+
+    models = importlib.import_module("small_models")  # beside the benchmark
 
     def get(kind: str) -> nn.Module:
         folder = Path(request.config.cache.mkdir(f"agreement-torch-{torch.__version__}-{recipe}")) / kind
         if not (folder / "config.json").exists():
-            model, loss = bench.train(kind, bench.Training(layers=LAYERS, steps=120, batch_size=16), length=LENGTH)
+            model, loss = models.train(kind, models.Training(layers=LAYERS, steps=120, batch_size=16), length=LENGTH)
             assert loss < 1.6, f"{kind} has learnt too little: {loss:.2f} nats per character"
             made = folder.with_name(f"{kind}-{os.getpid()}")
             model.save_pretrained(made)
@@ -90,7 +92,7 @@ def stories(bench: Any, shared_models: Path) -> Callable[[str], Compared]:
 
 def measured(subject: Any) -> Measurements:
     """Return the measurements of all probes of a subject, with the predictions beside them."""
-    found = subject.measure(subject.probes, subject.setting.levels)
+    found = subject.measure(subject.probes, subject.setting.levels, seeds=subject.setting.seeds)
     return dataclasses.replace(found, predictions=subject.predict())
 
 
@@ -128,7 +130,7 @@ def test_sites_of_the_embedded_model(bench: Any) -> None:
         if not chosen or costs[probe] >= 1.4 * costs[chosen[-1]]:
             chosen.append(probe)
     assert len(chosen) >= 10
-    found = subject.measure(chosen, setting.levels)
+    found = subject.measure(chosen, setting.levels, seeds=setting.seeds)
     check(bench, dataclasses.replace(found, predictions=predictions), sites=len(chosen))
 
 

@@ -3,8 +3,8 @@
     python examples/bench/agreement.py [MODEL ...] [--data FILE] [--train gpt2,gemma3_text,mixtral] [--quick] [--out FILE]
 
 MODEL is "tinygsm" or a Hugging Face directory, whose samples come from --data. The models of --train are small ones,
-trained here for one or two minutes each on the embedded word problems. The levels 0.3 and 0.5 show where second order
-fails.
+trained here for one or two minutes each on the embedded word problems. The file grows model by model: runs add up. The
+levels 0.3 and 0.5 show where second order fails.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import finish
+from common import RESULTS, finish
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from small_models import BRIEF, FULL, problem_texts, train
 
 from aqnfx import Pipeline, Program
-from aqnfx.data import embedded_problems
 from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
@@ -34,7 +35,7 @@ from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.graph.edit import control_buffer
 from aqnfx.graph.frontend import EMBEDDED
 from aqnfx.graph.selector import Selector
-from aqnfx.probes.data import Batch, load_examples
+from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
@@ -48,82 +49,7 @@ SPEARMAN = 0.99
 MEDIAN = (0.9, 1.1)
 WITHIN_25_PERCENT = 0.9
 CHANNEL_SPEARMAN = 0.95
-HELD_OUT = 64  # problems that no training sees; the samples are the first of them
 SIZES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of predicted KL, nats per token
-
-
-# Small trained models ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """How a small model is made: its width and number of layers, the steps and the problems per step."""
-
-    layers: Mapping[str, int]
-    hidden: int = 64
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-
-
-# As many layers as give at least 46 core sites, the number of the five-layer llama models.
-FULL = Training(layers={"gpt2": 8, "gemma3_text": 5, "mixtral": 5})
-BRIEF = Training(layers={"gpt2": 2, "gemma3_text": 2, "mixtral": 2}, hidden=32, steps=20, batch_size=8)
-
-
-def configuration(kind: str, vocabulary: int, training: Training) -> Any:
-    """Return the configuration of a small model of the model type ``kind``, with heads of 16 dimensions."""
-    import transformers
-
-    hidden, layers = training.hidden, training.layers[kind]
-    common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if kind == "gpt2":
-        options = {
-            "n_embd": hidden, "n_layer": layers, "n_head": hidden // 16, "n_positions": 256, "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-        }  # fmt: skip
-    else:
-        options = {
-            "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 2 * hidden, "head_dim": 16,
-            "num_attention_heads": hidden // 16, "num_key_value_heads": hidden // 32, "max_position_embeddings": 256,
-        }  # fmt: skip
-    options |= {"gemma3_text": {"sliding_window": 32}, "mixtral": {"num_local_experts": 4}}.get(kind, {})
-    return transformers.AutoConfig.for_model(kind, **common, **options)
-
-
-def train(kind: str, training: Training, *, length: int = 160) -> tuple[torch.nn.Module, float]:
-    """Return a model of the type ``kind`` trained on the embedded problems, and the mean loss of its last steps.
-
-    The loss is in nats per character. Seeded; the first ``HELD_OUT`` problems are left out.
-    """
-    import transformers
-
-    tokenizer = load_tokenizer(EMBEDDED)
-    texts = problem_texts()[HELD_OUT:]
-    ids = tokenizer(texts, padding=True, truncation=True, max_length=length, padding_side="right", return_tensors="pt")
-    losses = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(configuration(kind, len(tokenizer), training)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=training.learning_rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=training.steps)
-        for _ in range(training.steps):
-            rows = torch.randint(len(texts), (training.batch_size,))
-            chosen, mask = ids.input_ids[rows], ids.attention_mask[rows]
-            labels = chosen.masked_fill(mask == 0, -100)
-            loss = model(input_ids=chosen, attention_mask=mask, labels=labels, use_cache=False).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    return model.eval(), float(np.mean(losses[-max(1, training.steps // 20) :]))
-
-
-def problem_texts() -> list[str]:
-    """Return the embedded problems with their answers, as texts of which every token is scored."""
-    return [example.text for example in load_examples(embedded_problems())]
 
 
 # Predicting and measuring --------------------------------------------------------------------------------------------
@@ -145,6 +71,7 @@ class Setting:
     sites: int | None = None
     channel_sites: int = 3
     channels: int = 20
+    channel_seeds: int = 8  # the channels of one site may differ by a factor of two only
     compiled: bool = True
 
 
@@ -153,7 +80,7 @@ class Setting:
 EMBEDDED_SETTING = Setting(seeds=8, sites=50)
 QUICK = Setting(
     samples=4, length=48, levels=(0.05,), beyond=(0.5,), draws=2, seeds=1, sites=6, channel_sites=1, channels=3,
-    compiled=False,
+    channel_seeds=1, compiled=False,
 )  # fmt: skip
 
 
@@ -209,25 +136,24 @@ class Subject:
         """Predict every site; other seeds have other draws."""
         return predict(self.scored, eager_forward(self.scored), self.batches, draws=self.setting.draws, seed=seed)
 
-    def measure(self, probes: Sequence[Probe], levels: tuple[float, ...]) -> Measurements:
+    def measure(self, probes: Sequence[Probe], levels: tuple[float, ...], *, seeds: int) -> Measurements:
         """Measure ``probes`` one by one."""
-        seeds = tuple(range(self.setting.seeds))
-        plan = Sweep(probes=tuple(probes), levels=levels, seeds=seeds, base_level=levels[0], task="kl")
+        plan = Sweep(probes=tuple(probes), levels=levels, seeds=tuple(range(seeds)), base_level=levels[0], task="kl")
         return measure(self.noisy, eager_forward(self.noisy), self.batches, plan)
 
     def channels(self, predictions: Predictions, site: str, level: float = 0.1) -> tuple[list[int], Array, Array]:
-        """Return channels of ``site`` evenly spread over the ranks of their predicted KL, that KL, and the measured one.
+        """Return channels of ``site`` evenly spread over the logarithm of their predicted KL, that KL, and the measured one.
 
         KL is in nats per token, of noise of ``level`` on the one channel alone.
         """
         predicted = predictions.channel_kl(site, level)[0]
-        order = [int(c) for c in np.argsort(predicted) if predicted[c] > 0]
-        chosen = spread(order, self.setting.channels)
+        chosen = spread_over_magnitude(predicted, self.setting.channels)
         probe, controls, measured = Probe(kind="site", key=site, sites=(site,)), self.noisy.controls, []
         try:
             for channel in chosen:
                 controls.set_channels(site, [channel])
-                measured.append(float(kl_per_token(self.measure([probe], (level,))).mean()))
+                found = self.measure([probe], (level,), seeds=self.setting.channel_seeds)
+                measured.append(float(kl_per_token(found).mean()))
         finally:
             controls.set_channels(site, None)
         return chosen, predicted[chosen], np.array(measured)
@@ -256,6 +182,18 @@ def spread(values: Sequence[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(values):
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
+
+
+def spread_over_magnitude(values: Array, count: int) -> list[int]:
+    """Return the indices of ``count`` positive ``values`` at even distances on a logarithmic scale, the smallest first."""
+    left = [int(i) for i in np.argsort(values) if values[i] > 0]
+    if count >= len(left):
+        return left
+    chosen = []
+    for target in np.linspace(np.log(values[left[0]]), np.log(values[left[-1]]), count):
+        chosen.append(min(left, key=lambda i: abs(np.log(values[i]) - target)))
+        left.remove(chosen[-1])
+    return sorted(chosen, key=lambda i: values[i])
 
 
 def kl_per_token(m: Measurements) -> Array:
@@ -310,22 +248,29 @@ def noise_of(m: Measurements, predictions: Predictions, redrawn: Predictions) ->
     return {"draws": float(np.median(np.abs(first / second - 1))), "seeds": seeds}
 
 
-def compare(subject: Subject) -> tuple[dict[str, Any], Array, Array]:
-    """Return the comparison of one model, and the predicted and measured KL behind it, (sites, levels)."""
+def compare(subject: Subject) -> dict[str, Any]:
+    """Return the comparison of one model, with the predicted and measured KL behind it, (sites, levels)."""
     setting, started = subject.setting, time.perf_counter()
     predictions = subject.predict()
-    m = dataclasses.replace(subject.measure(subject.probes, setting.levels + setting.beyond), predictions=predictions)
+    measured = subject.measure(subject.probes, setting.levels + setting.beyond, seeds=setting.seeds)
+    m = dataclasses.replace(measured, predictions=predictions)
     levels = agreement(m)
     for level in setting.levels:
         levels[level_key(level)]["misses"] = misses(levels[level_key(level)])
-    predicted, measured = predicted_per_token(m, predictions), kl_per_token(m).mean(axis=-1)
+    predicted, found = predicted_per_token(m, predictions), kl_per_token(m).mean(axis=-1)
     record = {
         "sites": len(subject.probes), "seeds": setting.seeds, "tokens": int(m.tokens.sum()), "levels": levels,
-        "noise": noise_of(m, predictions, subject.predict(seed=1)), "by_predicted_kl": by_size(predicted, measured),
+        "noise": noise_of(m, predictions, subject.predict(seed=1)),
+        "predicted_kl": rounded(predicted), "measured_kl": rounded(found),
         "channels": [compare_channels(subject, predictions, site) for site in channel_sites(subject)],
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
-    return record, predicted, measured
+    return record
+
+
+def rounded(values: Array) -> list[list[float]]:
+    """Return ``values`` to five significant digits, for a file."""
+    return [[float(f"{value:.5g}") for value in row] for row in values]
 
 
 def channel_sites(subject: Subject) -> list[str]:
@@ -383,13 +328,13 @@ def show_sizes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=[], help='"tinygsm" (default) or directories')
+    parser.add_argument("models", nargs="*", default=[], help='"tinygsm", "none" or directories (default: tinygsm)')
     parser.add_argument("--data", type=Path, help="text or JSON lines, for the models given by directory")
     parser.add_argument("--train", default=",".join(FULL.layers), help="model types, or none (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few sites of barely trained models, in seconds")
-    parser.add_argument("--out", default=None)
+    parser.add_argument("--out", default=None, help="JSON; models that it holds already and that are not run again are kept")
     arguments = parser.parse_args()
-    arguments.models = arguments.models or [EMBEDDED]
+    arguments.models = [model for model in arguments.models or [EMBEDDED] if model != "none"]
     arguments.train = [kind for kind in arguments.train.split(",") if kind not in ("", "none")]
     for kind in arguments.train:
         if kind not in FULL.layers:
@@ -402,17 +347,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     setting, training = (QUICK, BRIEF) if arguments.quick else (Setting(), FULL)
-    found: dict[str, Any] = {}
-    points: list[tuple[Array, Array]] = []
+    out = Path(arguments.out or RESULTS / "agreement.json")
+    kept = out.is_file() and not (arguments.quick and arguments.out is None)
+    found = json.loads(out.read_text(encoding="utf-8"))["models"] if kept else {}
 
     def add(name: str, subject: Subject, **facts: Any) -> None:
-        record, predicted, measured = compare(subject)
-        found[name] = {**facts, **record}
+        found[name] = {**facts, **compare(subject)}
         show(name, found[name])
         if subject.routed:
             add(f"{name}, routing held", subject.with_routing_held())
-        else:
-            points.append((predicted, measured))
+        elif arguments.out or not arguments.quick:  # a quick run does not replace the published figures
+            record = {"setting": dataclasses.asdict(setting), "models": found, "by_predicted_kl": sizes(found)}
+            finish("agreement", record, arguments)
 
     for model in arguments.models:
         if model == EMBEDDED:
@@ -425,12 +371,14 @@ def main() -> None:
         facts = {"loss": loss, "training_s": time.perf_counter() - started}
         print(f"{kind}: trained for {facts['training_s']:.0f} s, loss {loss:.3f} nats per character")
         add(kind, Subject.of(module, problem_texts(), setting, tokenizer=load_tokenizer(EMBEDDED)), **facts)
-    sizes = by_size(*(np.concatenate([pair[i].ravel() for pair in points]) for i in (0, 1)))
     print("all models and levels together, but models with free routing:")
-    show_sizes(sizes)
-    record = {"setting": dataclasses.asdict(setting), "models": found, "by_predicted_kl": sizes}
-    if not arguments.quick or arguments.out:  # a quick run does not replace the published figures
-        finish("agreement", record, arguments)
+    show_sizes(sizes(found))
+
+
+def sizes(models: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return where second order fails, over all ``models`` but those whose tokens are free to change experts."""
+    chosen = [m for name, m in models.items() if f"{name}, routing held" not in models]
+    return by_size(*(np.concatenate([np.ravel(m[f"{kind}_kl"]) for m in chosen]) for kind in ("predicted", "measured")))
 
 
 if __name__ == "__main__":

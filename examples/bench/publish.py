@@ -116,7 +116,7 @@ def agreement(record: dict[str, Any]) -> str:
         lines.append(f"| {size} | {row['points']} | {row['median_ratio']:.3f} | {row['within_25_percent']:.1%} |")
     lines += [
         "",
-        "Noise on one channel alone (σ = 0.1), channels evenly spread over the ranks of their predicted KL:",
+        "Noise on one channel alone (σ = 0.1), channels evenly spread over the logarithm of their predicted KL:",
         "",
         "| model | site | channels | Spearman | median ratio | within 25 % | largest / smallest KL |",
         "|---|---|---|---|---|---|---|",
