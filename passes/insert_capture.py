@@ -1,14 +1,15 @@
-"""insert-capture: nodes that accumulate statistics of the values at each site, without storing them."""
+"""insert-capture: nodes that accumulate statistics of the values and gradients at each site, without storing them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
+from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT, CAPTURING
 from aqnfx.graph.edit import control_buffer, insert_after
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import static_size, tensor_value
@@ -27,6 +28,9 @@ class InsertCapture(Pass):
     (batch, sequence) of that input or of ``input_ids``, or with their product; elsewhere (heads before the sequence, attention
     probabilities) every position counts.
 
+    ``gradients`` also puts an identity there whose backward pass accumulates the gradient's magnitude, of whatever is
+    differentiated; without ``values`` there is only that.
+
     The node reads the value that the operation returns. A site's own noise is not part of it when ``insert-noise`` ran
     before this pass, and is part of it when ``insert-noise`` runs after; noise further up always is.
     """
@@ -35,15 +39,19 @@ class InsertCapture(Pass):
     needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
     where: str = "ops:core"
     perturb: str = "bf16"
+    values: bool = True
+    gradients: bool = False
 
     def requires(self, program: Program) -> None:
         """Check the options before anything is copied."""
         if self.perturb:
             perturbation(self.perturb)
+        if not (self.values or self.gradients):
+            raise PassError(f"{self.name}: values=false leaves nothing to capture; add gradients=true")
         if program.ran("lower-ops"):
             raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
         # The graph and not the history: after strip the pass may run again.
-        if any(node.target is torch.ops.aqnfx.capture.default for node in program.graph.nodes):
+        if any(node.target in CAPTURING for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has capture nodes already; strip first")
 
     def run(self, program: Program) -> None:
@@ -57,16 +65,23 @@ class InsertCapture(Pass):
             value = tensor_value(anchor)
             assert value is not None  # a site is a node with one tensor
             width = static_size(value.shape[-1]) if value.dim() else 1
-            channels, totals = (
-                control_buffer(module, f"capture_{index}_{part}", new.to(device), inserted_by=self.name, site=site.id)
-                for part, new in zip(
-                    ("channels", "totals"), new_buffers(width if isinstance(width, int) else 1), strict=True
-                )
-            )
             covered = mask if any(_covers(shape, value) for shape in shapes) else None
-            args = (anchor, covered, channels, totals, self.perturb)
-            target = torch.ops.aqnfx.capture.default
-            insert_after(anchor, target, args, inserted_by=self.name, site=site.id, reroute=False)
+            new = new_buffers(width if isinstance(width, int) else 1) if self.values else ()
+            named = dict(zip(("channels", "totals"), new, strict=False))
+            if self.gradients:
+                named["gradients"] = torch.zeros(3, dtype=torch.float64)
+            buffers = {
+                part: control_buffer(
+                    module, f"capture_{index}_{part}", value.to(device), inserted_by=self.name, site=site.id
+                )
+                for part, value in named.items()
+            }
+            if self.values:
+                args: tuple[Any, ...] = (anchor, covered, buffers["channels"], buffers["totals"], self.perturb)
+                insert_after(anchor, CAPTURE, args, inserted_by=self.name, site=site.id, reroute=False)
+            if self.gradients:
+                args = (anchor, covered, buffers["gradients"])
+                insert_after(anchor, CAPTURE_GRADIENT, args, inserted_by=self.name, site=site.id, reroute=True)
 
 
 def _attention_mask(program: Program) -> tuple[Node | None, list[torch.Size]]:

@@ -69,7 +69,10 @@ class InsertScore(Pass):
             return control_buffer(module, f"score_{name}", value.to(device), inserted_by=self.name, site=site)
 
         anchor = buffer("anchor", torch.zeros(0, device=device).requires_grad_())
-        run = buffer("run", torch.zeros(3, dtype=torch.int32))
+        # Read on the host at every site: on an accelerator each reading would wait for the device.
+        run = control_buffer(
+            module, "score_run", torch.zeros(3, dtype=torch.int32), inserted_by=self.name, site=None
+        )
         hits = buffer("hits", torch.zeros(count, dtype=torch.int64))
         table = buffer("sequences", torch.zeros(count, self.draws, self.samples, dtype=torch.float64))
         sketch = None

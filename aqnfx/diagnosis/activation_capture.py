@@ -33,7 +33,8 @@ class ActivationCapture:
     ``layer_patterns`` choose modules: a pattern with ``*``, ``?`` or ``[`` is a glob over the whole module name, a
     number or a layer label (``"3"``, ``"decoder.block:3"``) a layer, anything else a part of the module name. Without
     patterns all are chosen. ``inputs`` are those of :func:`aqnfx.trace`, for a model whose inputs cannot be made from
-    its config; ``perturb`` the declared perturbation of ``snr_db``.
+    its config; ``perturb`` the declared perturbation of ``snr_db``. ``gradients`` also captures the gradients that arrive
+    when the caller differentiates what a call returned.
 
     No hook is set and the module is not touched. :meth:`register_hooks` is ``aqnfx.trace`` and the pipeline
     ``tag-layers,tag-ops,insert-capture{where="sites:…"}``; runs go through that program, which shares the model's
@@ -51,11 +52,13 @@ class ActivationCapture:
         *,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
         perturb: str = "bf16",
+        gradients: bool = False,
     ) -> None:
         self.model = model
         self.layer_patterns = (layer_patterns,) if isinstance(layer_patterns, str) else tuple(layer_patterns)
         self.inputs = inputs
         self.perturb = perturb
+        self.gradients = gradients
         self._program: Program | None = None
         self._saved: Captures | None = None
         self._runs = 0
@@ -72,7 +75,7 @@ class ActivationCapture:
         program = Pipeline.parse("tag-layers,tag-ops")(program)
         chosen = matching(program, self.layer_patterns)
         where = f"sites:{'|'.join(site.id for site in chosen)}"
-        self._program = InsertCapture(where=where, perturb=self.perturb)(program)
+        self._program = InsertCapture(where=where, perturb=self.perturb, gradients=self.gradients)(program)
         self._saved, self._runs = None, 0
         return len(chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,11 @@ THRESHOLD_COST = 0.10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """All estimates of a run; every array has shape (P, L). ``estimated`` rows were predicted and not measured."""
+    """All estimates of a run; every array has shape (P, L).
+
+    The rows of ``estimated`` were predicted and not measured; their degradation is read off a fit, whose error is part of
+    the interval.
+    """
 
     kl: Ratio
     nll_delta: Ratio | None
@@ -43,9 +48,13 @@ class Estimates:
 
 
 def estimate(
-    m: Measurements, scores: SampleScores, options: Options, estimated: frozenset[int] = frozenset()
+    m: Measurements, scores: SampleScores, options: Options, estimated: Mapping[int, Array] | None = None
 ) -> Estimates:
-    """Compute every ratio with its interval, and p values corrected after Holm over the probes of one kind."""
+    """Compute every ratio with its interval, and p values corrected after Holm over the probes of one kind.
+
+    ``estimated``: the rows that were not measured, and the error of their degradation's fit per level.
+    """
+    estimated = estimated or {}
     kinds = [probe.kind for probe in m.probes]
     groups = [[row for row, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
     p = paired_p(scores.loss)
@@ -54,13 +63,23 @@ def estimate(
         kl=ratios(scores.kl, scores.tokens, options),
         nll_delta=None if scores.nll_delta is None else ratios(scores.nll_delta, scores.tokens, options),
         agreement=ratios(scores.agreement, scores.tokens, options),
-        degradation=ratios(scores.loss, scores.loss_base, options),
+        degradation=_widened(ratios(scores.loss, scores.loss_base, options), estimated),
         p=p,
         p_holm=holm_columns(p, groups),
         kl_spread=seed_spread(scores.seed_kl),
         degradation_spread=seed_spread(scores.seed_degradation),
-        estimated=estimated,
+        estimated=frozenset(estimated),
     )
+
+
+def _widened(found: Ratio, errors: Mapping[int, Array]) -> Ratio:
+    """Return ``found`` with wider intervals in some rows: independent errors add in squares. A share stays within 0 and 1."""
+    low, high = found.low.copy(), found.high.copy()
+    for row, error in errors.items():
+        value = found.value[row]
+        low[row] = np.maximum(value - np.hypot(value - low[row], error), np.minimum(value, 0.0))
+        high[row] = np.minimum(value + np.hypot(high[row] - value, error), np.maximum(value, 1.0))
+    return Ratio(found.value, low, high)
 
 
 def level_records(m: Measurements, est: Estimates, row: int, options: Options) -> dict[str, dict[str, Any]]:

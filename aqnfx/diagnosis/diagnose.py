@@ -90,7 +90,7 @@ def run(
         predictions, captures = _predict(ready, options, progress, together)
         if not together:
             tell("reading activations")
-            captures = capture_on(calibration, ready, options)
+            captures = dataclasses.replace(capture_on(calibration, ready, options), gradients=captures.gradients)
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
         candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
         probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
@@ -186,16 +186,19 @@ def _weight_traces(
 
 def _predict(
     ready: Prepared, options: Options, progress: Progress | None, captured: bool
-) -> tuple[Predictions, Captures | None]:
-    """Predict every site, with activation statistics from the same passes; the nodes for it are gone when this returns."""
+) -> tuple[Predictions, Captures]:
+    """Predict every site, with statistics of gradients and, if ``captured``, of activations from the same passes.
+
+    The nodes for it are gone when this returns.
+    """
     weights = str(options.metric == "fisher-trace").lower()
-    insert = f'insert-capture{{where="{options.where}"}},' if captured else ""
+    insert = f'insert-capture{{where="{options.where}" values={str(captured).lower()} gradients=true}},'
     insert += f'insert-score{{where="{options.where}" kind={options.noise} samples={len(ready.encoded)} '
     scored = Pipeline.parse(f"{insert}draws={options.draws} weights={weights}}}")(ready.program)
     forward = eager_forward(checkpointed(scored) if options.checkpoint else scored)
     batches = ready.batches(options)
     found = predict(scored, forward, batches, draws=options.draws, seed=options.seed, progress=progress)
-    return found, collect(scored, samples=len(ready.encoded)) if captured else None
+    return found, collect(scored, samples=len(ready.encoded))
 
 
 def _without_nll(m: Measurements) -> Measurements:

@@ -51,37 +51,72 @@ class Fit:
         return np.asarray(np.where(np.isfinite(kl), found, np.nan), dtype=np.float64)
 
 
-def with_estimates(m: Measurements) -> tuple[Measurements, frozenset[int]]:
-    """Return ``m`` with a row for every planned probe, and which rows are estimates.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitError:
+    """How far a probe's degradation lies from what the others' curve says, in units of √(degradation + 1/N).
 
-    An estimated row has the predicted KL per sample and a loss proportional to it, so that the intervals of the loss are
-    those of the prediction; the uncertainty of the fit itself is not part of them. Without predictions ``m`` is returned
-    as it is.
+    The unit is the standard deviation of a share of N counted events, but for a factor: errors grow with it.
+    """
+
+    quantile: float
+    count: float
+
+    @classmethod
+    def of(cls, kl: Array, degradation: Array, count: float, confidence: float) -> FitError:
+        """Leave out each probe in turn and take the ``confidence`` quantile of the errors at it: arrays (P, L).
+
+        The quantile is the conservative one of Vovk et al. 2005 (conformal prediction): the largest error where
+        there are too few for the confidence.
+        """
+        errors: list[float] = []
+        for row in range(len(kl)):
+            rest = np.arange(len(kl)) != row
+            expected = Fit.through(kl[rest], degradation[rest])(kl[row])
+            found = np.abs(degradation[row] - expected) / np.sqrt(np.maximum(expected, 0.0) + 1.0 / count)
+            errors += [float(error) for error in found if np.isfinite(error)]
+        place = min(len(errors), int(np.ceil(confidence * (len(errors) + 1))))
+        return cls(quantile=sorted(errors)[place - 1] if errors else float("inf"), count=count)
+
+    def __call__(self, degradation: Array) -> Array:
+        """Return half the width of the interval of an estimated ``degradation``."""
+        return np.asarray(self.quantile * np.sqrt(np.maximum(degradation, 0.0) + 1.0 / self.count))
+
+
+def with_estimates(m: Measurements, confidence: float = 0.95) -> tuple[Measurements, dict[int, Array]]:
+    """Return ``m`` with a row for every planned probe, and which rows are estimates: row -> (L,), the error of the fit.
+
+    An estimated row has the predicted KL per sample and a loss proportional to it. The error of the fit is half the width
+    of an interval that holds ``confidence`` of the measured probes when each is estimated from the others. Without
+    predictions ``m`` is returned as it is.
     """
     predictions = m.predictions
-    missing = [p for p in m.planned if p not in set(m.probes)]
+    measured = set(m.probes)
+    missing = [p for p in m.planned if p not in measured]
     if predictions is None or not missing:
-        return m, frozenset()
+        return m, {}
     scores = SampleScores.of(m)
     tokens, base = scores.tokens, scores.loss_base
-    fit = Fit.through(scores.kl.sum(-1) / tokens.sum(), scores.loss.sum(-1) / base.sum())
+    points = scores.kl.sum(-1) / tokens.sum(), scores.loss.sum(-1) / base.sum()
+    fit, error = Fit.through(*points), FitError.of(*points, float(base.sum()), confidence)
     accuracy = "exact_match" if scores.degradation_metric == "exact_match" else "top1"
     n, shape = m.samples, (len(missing), len(m.levels), len(m.seeds), m.samples)
     extra = {name: np.full(shape, np.nan) for name in m.scores}
+    degradation = np.zeros(shape[:2])
     for row, probe in enumerate(missing):
         for column, level in enumerate(m.levels):
             kl = predictions.kl(probe.sites, level)[:n]
             total = float(kl.sum())
-            slope = float(fit(total / tokens.sum())) * base.sum() / total if total > 0 else 0.0
+            degradation[row, column] = fit(total / tokens.sum()) if total > 0 else 0.0
             extra["kl"][row, column] = kl
-            extra[accuracy][row, column] = base - slope * kl
+            extra[accuracy][row, column] = base - (degradation[row, column] * base.sum() / total if total > 0 else 0.0) * kl
             if accuracy != "top1":
                 extra["top1"][row, column] = np.nan
     joined = {name: np.concatenate([values, extra[name]]) for name, values in m.scores.items()}
     place = {probe: row for row, probe in enumerate((*m.probes, *missing))}
     wanted = (*m.planned, *(p for p in m.probes if p not in set(m.planned)))
     order = [place[probe] for probe in wanted]
-    rows = frozenset(row for row, probe in enumerate(wanted) if place[probe] >= len(m.probes))
+    first = len(m.probes)
+    rows = {row: error(degradation[at - first]) for row, at in enumerate(order) if at >= first}
     return dataclasses.replace(m, probes=wanted, scores={k: v[order] for k, v in joined.items()}), rows
 
 

@@ -39,7 +39,7 @@ def interpret(
         raise InputError(
             f"interpret: confidence {confidence:g} must lie in (0, 1) and resamples {resamples} be 100 or more"
         )
-    m, estimated = with_estimates(measurements)
+    m, estimated = with_estimates(measurements, confidence)
     options = Options(confidence=confidence, resamples=resamples, seed=seed)
     scores = SampleScores.of(m)
     est = estimate(m, scores, options, estimated)

@@ -1,4 +1,4 @@
-"""capture: statistics of the activations at every site, per channel, from forward passes; activations are not stored."""
+"""capture: statistics of the activations at every site, per channel, and of their gradients; neither is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from aqnfx.errors import InputError, ProbeError, nearest
 from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
-from aqnfx.numerics.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS
+from aqnfx.numerics.capture import (
+    COUNT,
+    GRADIENT_COUNT,
+    GRADIENT_MAGNITUDE,
+    GRADIENT_SQUARE,
+    LARGEST,
+    MAGNITUDE,
+    NOISE,
+    SMALLEST,
+    SQUARE,
+    ZEROS,
+)
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
 
@@ -44,12 +55,14 @@ class SiteCapture:
 class Captures:
     """Activation statistics of ``sites`` (site id -> what was accumulated there).
 
-    ``perturbation`` is the declared one that ``snr_db`` refers to, "" for none.
+    ``perturbation`` is the declared one that ``snr_db`` refers to, "" for none. ``gradients``: site id -> fp64 (3,),
+    number of elements, Σ|g| and Σg²; only sites that a gradient reached.
     """
 
     sites: tuple[Site, ...]
     records: Mapping[str, SiteCapture]
     perturbation: str = ""
+    gradients: Mapping[str, Array] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, site: str) -> SiteCapture:
@@ -67,13 +80,14 @@ class Captures:
         ``mean_magnitude``, ``rms`` and ``max`` (of the magnitude) have the unit of the activation; ``sparsity`` is the
         share of exact zeros; ``dynamic_range_db`` 20·log10(max / min non-zero magnitude), None where every value is 0;
         ``snr_db`` 10·log10(Σy² / Σδ²) against the declared perturbation: None where it changes nothing or none was
-        declared, -inf where it overflows; ``n`` is the number of values.
+        declared, -inf where it overflows; ``n`` is the number of values. Where gradients were captured and arrived,
+        ``grad_magnitude`` and ``grad_rms`` are the mean of |g| and the root of the mean of g² over them.
         """
         record = self.record(site)
         channels = record.channels
         n = int(record.totals[COUNT]) * channels.shape[1]
         energy, largest, smallest = channels[SQUARE].sum(), channels[LARGEST].max(), channels[SMALLEST].min()
-        return {
+        found: dict[str, float | int | None] = {
             "mean_magnitude": float(channels[MAGNITUDE].sum() / n),
             "rms": math.sqrt(energy / n),
             "max": float(largest),
@@ -82,6 +96,11 @@ class Captures:
             "snr_db": _snr_db(float(energy), float(record.totals[NOISE])),
             "n": n,
         }
+        if (gradient := self.gradients.get(site)) is not None:
+            count = gradient[GRADIENT_COUNT]
+            found["grad_magnitude"] = float(gradient[GRADIENT_MAGNITUDE] / count)
+            found["grad_rms"] = math.sqrt(gradient[GRADIENT_SQUARE] / count)
+        return found
 
     def channel_magnitude(self, site: str) -> Array:
         """Return the mean magnitude of each channel, fp64 (C,); C is 1 at a site without channels of fixed number."""
@@ -157,8 +176,8 @@ def own_rows(batch: Batch) -> Batch:
 def collect(program: Program, **facts: Any) -> Captures:
     """Return what the capture nodes of ``program`` have accumulated so far, with ``facts`` as provenance.
 
-    Raises :class:`PassError` without capture nodes, :class:`ProbeError` where a site counted nothing or met a value that
-    is not finite.
+    Raises :class:`PassError` without capture nodes, :class:`ProbeError` where a site counted nothing or met a value or
+    gradient that is not finite.
     """
     buffers = CaptureBuffers.of(program.module)
     records = {}
@@ -175,5 +194,11 @@ def collect(program: Program, **facts: Any) -> Captures:
                 f"{broken[0]}; run the model in float32, and look for the first such site with insert-capture"
             )
         records[site] = SiteCapture(channels=channels, totals=totals, masked=site in buffers.masked)
-    sites = tuple(site for site in program.sites if site.id in records)
-    return Captures(sites=sites, records=records, perturbation=buffers.perturbation, provenance=facts)
+    gradients = {site: tensor.to("cpu", copy=True).numpy() for site, tensor in buffers.gradients.items()}
+    if broken_sites := [site for site, sums in gradients.items() if not np.isfinite(sums).all()]:
+        raise ProbeError(f"the gradient is not finite at {broken_sites[0]}; run the model in float32")
+    return Captures(
+        sites=tuple(site for site in program.sites if site.id in records or site.id in gradients), records=records,
+        perturbation=buffers.perturbation, provenance=facts,
+        gradients={site: sums for site, sums in gradients.items() if sums[GRADIENT_COUNT] > 0},
+    )  # fmt: skip

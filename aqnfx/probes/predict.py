@@ -23,6 +23,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.graph.sites import Site
 from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.signs import random_signs
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
@@ -160,27 +161,28 @@ def projection(
     logits: torch.Tensor, mask: torch.Tensor, *, seed: int, draw: int, row_offset: int, output: Output = "categorical"
 ) -> torch.Tensor:
     """Return u with covariance F at the positions of ``mask`` (B, …) and 0 elsewhere, of the shape of ``logits`` (B, …, V)."""
-    result = torch.zeros_like(logits)
+    result = torch.empty_like(logits)
+    width, broken = logits.shape[-1], torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     for row in range(logits.shape[0]):
-        chosen = logits[row][mask[row]]
-        if not chosen.numel():
-            continue
-        wide = chosen if chosen.dtype == torch.float64 else chosen.to(torch.float32)
-        generator = torch.Generator().manual_seed(_draw_seed(seed, draw, row_offset + row))
-        signs = torch.empty(wide.shape, dtype=wide.dtype).bernoulli_(0.5, generator=generator).mul_(2.0).sub_(1.0)
-        v = signs.to(wide.device)
+        values, chosen = logits[row].reshape(-1, width), mask[row].reshape(-1)
+        wide = values if values.dtype == torch.float64 else values.to(torch.float32)
+        broken[row] = (~torch.isfinite(wide).all(-1) & chosen).any()
+        # Numbered by what is scored, not by where it stands: padding does not change a draw.
+        numbers = chosen.cumsum(0, dtype=torch.int32) - 1
+        u = random_signs(numbers, width, _draw_key(seed, draw, row_offset + row)).to(wide.dtype)
         if output == "categorical":
             p = torch.softmax(wide, dim=-1)
-            scaled = v.mul_(p.sqrt())
-            v = scaled.sub_(p.mul_(scaled.sum(-1, keepdim=True)))
-        if not bool(torch.isfinite(chosen).all()):
-            raise ProbeError(f"logits are not finite at scored positions of sample {row_offset + row}")
-        result[row][mask[row]] = v.to(logits.dtype)
+            u.mul_(p.sqrt())
+            u.sub_(p.mul_(u.sum(-1, keepdim=True)))
+        result[row] = u.masked_fill_(~chosen.unsqueeze(-1), 0.0).reshape(logits.shape[1:])
+    if bool(broken.any()):
+        first = row_offset + int(broken.nonzero()[0])
+        raise ProbeError(f"logits are not finite at scored positions of sample {first}")
     return result
 
 
-def _draw_seed(seed: int, draw: int, sample: int) -> int:
-    return int(np.random.SeedSequence((seed & 0xFFFFFFFF, draw, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _draw_key(seed: int, draw: int, sample: int) -> int:
+    return int(np.random.SeedSequence((seed & 0xFFFFFFFF, draw, sample)).generate_state(1)[0])
 
 
 def _positions(batch: Batch, logits: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,48 @@ def test_statistics_equal_those_of_forward_hooks(name):
         np.testing.assert_allclose(capture.captures.channel_magnitude(site.id), y.mean(0), rtol=1e-4)
 
 
+def hooked_gradients(model: nn.Module, given: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Return, by module, the gradients of its outputs at positions that are no padding, fp64 (positions, C)."""
+    tables: dict[str, list[Tensor]] = {}
+    mask = torch.empty(0)
+
+    def hook(name: str) -> Any:
+        return lambda _module, _inputs, grads: tables.setdefault(name, []).append(grads[0].detach()[mask.bool()])
+
+    handles = [m.register_full_backward_hook(hook(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for arguments in given:
+        mask = arguments["attention_mask"]
+        loss_of(model(**arguments).logits, mask).backward()
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(found).double().numpy() for name, found in tables.items()}
+
+
+def loss_of(logits: Tensor, mask: Tensor) -> Tensor:
+    return (logits.log_softmax(-1)[..., 3] * mask).sum()
+
+
+def test_gradients_equal_those_of_backward_hooks():
+    model, given = build("llama"), samples("llama")
+    with ActivationCapture(model, ["proj", "lm_head"], gradients=True) as capture:
+        for arguments in given:
+            loss_of(capture(**arguments).logits, arguments["attention_mask"]).backward()
+        found = capture.statistics()
+    model.zero_grad(set_to_none=True)
+    tables = hooked_gradients(model, given)
+    assert found.keys() == tables.keys()
+    assert len(tables) > 10
+    for module, g in tables.items():
+        assert found[module]["grad_magnitude"] == pytest.approx(np.abs(g).mean(), rel=1e-4)
+        assert found[module]["grad_rms"] == pytest.approx(np.sqrt((g**2).mean()), rel=1e-4)
+
+
+def test_runs_without_a_backward_pass_have_no_gradients():
+    with ActivationCapture(build("llama"), ["proj"], gradients=True) as capture:
+        capture.run(samples("llama"))
+        assert all("grad_magnitude" not in record for record in capture.statistics().values())
+
+
 @pytest.mark.parametrize(("factor", "classes"), [(200.0, {"critical"}), (1.0, set())])
 def test_a_planted_outlier(factor, classes):
     model, given = build("llama"), samples("llama")

@@ -12,7 +12,7 @@ import aqnfx
 from aqnfx.diagnosis.choose import CHECKS, choose_probes
 from aqnfx.diagnosis.confirm import confirm, predicted_threshold
 from aqnfx.diagnosis.diagnose import run
-from aqnfx.diagnosis.estimated import Fit, agreement, with_estimates
+from aqnfx.diagnosis.estimated import Fit, FitError, agreement, with_estimates
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.recommend import recommend
@@ -160,9 +160,44 @@ def test_the_fit_is_monotone_and_goes_through_zero() -> None:
     assert Fit.through(np.array([]), np.array([]))(1.0) == 0.0
 
 
+def test_the_error_of_the_fit_is_that_of_probes_left_out() -> None:
+    rng = np.random.default_rng(0)
+    kl = np.exp(rng.uniform(-7, -1, (40, 2)))
+    truth = np.sqrt(kl) / 2
+
+    def error(spread: float, rows: int = 40) -> FitError:
+        noisy = np.clip(truth * (1 + spread * rng.standard_normal(kl.shape)), 0, 1)
+        return FitError.of(kl[:rows], noisy[:rows], 1000.0, 0.95)
+
+    wide, narrow = error(0.5), error(0.01)
+    assert wide.quantile > 3 * narrow.quantile
+    # As an interval it holds what it promises: new probes of the same kind lie inside it about as often.
+    fresh = np.exp(rng.uniform(-7, -1, 4000))
+    seen = np.clip(np.sqrt(fresh) / 2 * (1 + 0.5 * rng.standard_normal(fresh.shape)), 0, 1)
+    noisy = np.clip(truth * (1 + 0.5 * rng.standard_normal(kl.shape)), 0, 1)
+    fit, half = Fit.through(kl, noisy), FitError.of(kl, noisy, 1000.0, 0.95)
+    expected = fit(fresh)
+    assert np.mean(np.abs(seen - expected) <= half(expected)) > 0.85
+    assert error(0.5, rows=1).quantile > wide.quantile  # nothing to read the one probe off but zero
+    assert FitError.of(kl[:0], kl[:0], 10.0, 0.95).quantile == np.inf
+
+
+def test_estimated_intervals_hold_the_error_of_the_fit(both: Measurements, smap: Any) -> None:
+    filled, errors = with_estimates(both)
+    assert errors
+    for row, error in errors.items():
+        probe = filled.probes[row]
+        if probe.kind == "layer":
+            record = smap.per_layer_detail[probe.key]["levels"]["0.1"]
+            low, high = record["degradation_ci"]
+            assert 0.0 <= low <= record["degradation"] <= high <= 1.0
+            assert high == pytest.approx(1.0) or high - record["degradation"] >= error[0] * (1 - 1e-9)
+    assert all(s["activations"].keys() >= {"grad_magnitude", "grad_rms"} for s in smap.per_site)
+
+
 def test_without_predictions_nothing_is_estimated(directory: Path) -> None:
     measured = run(directory, TEXT, Options(**QUICK | {"method": "measure", "probes": ("layer",)}))
-    assert with_estimates(measured) == (measured, frozenset())
+    assert with_estimates(measured) == (measured, {})
     found = interpret(measured)
     assert found.method == "measure"
     assert found.agreement == {} == found.channels
@@ -197,6 +232,10 @@ def test_the_batch_size_changes_no_prediction(directory: Path, both: Measurement
     light = run(directory, TEXT * 2, Options(**QUICK | {"checkpoint": True, "method": "predict"}))
     assert light.predictions is not None
     np.testing.assert_allclose(light.predictions.costs, both.predictions.costs, rtol=1e-6)
+    assert light.captures is not None
+    assert both.captures is not None
+    for site in both.captures.records:  # recomputed forward passes count neither values nor gradients twice
+        assert light.captures.statistics(site) == pytest.approx(both.captures.statistics(site), rel=1e-6)
 
 
 def test_an_interruption_of_the_confirmation_keeps_the_map(both: Measurements) -> None:

@@ -9,9 +9,10 @@ import aqnfx
 from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.program import Program
+from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import get_tag
-from aqnfx.numerics.capture import COUNT, LARGEST, SMALLEST, new_buffers
+from aqnfx.numerics.capture import COUNT, GRADIENT_SQUARE, LARGEST, SMALLEST, new_buffers
 from aqnfx.passes.pipeline import Pipeline
 from tests.families import build, inputs
 from tests.graph.small import Stack, generator, stack, traced
@@ -39,6 +40,8 @@ def family(request) -> tuple[str, Program]:
         "insert-capture",
         'insert-capture{where="ops:all" perturb=""}',
         'insert-capture{where="layers:1" perturb=fp8_e4m3}',
+        "insert-capture{gradients=true}",
+        'insert-capture{where="ops:all" values=false gradients=true}',
     ],
 )
 @pytest.mark.parametrize("before", [TAGS, f"{TAGS},insert-noise"])
@@ -51,6 +54,30 @@ def test_contract_on_a_family(family):
     name, program = family
     (step,) = Pipeline.parse('insert-capture{where="ops:all"}').passes
     check_pass(step, program, **inputs(name, 2, 9))
+
+
+def test_nothing_to_capture_is_refused():
+    with pytest.raises(PassError, match="values=false leaves nothing to capture; add gradients=true"):
+        Pipeline.parse("insert-capture{values=false}")(stack())
+
+
+def test_gradients_are_those_of_autograd_at_every_site():
+    program = traced(Stack(2), 3, 7, 8)
+    captured = Pipeline.parse('insert-capture{where="ops:all" values=false gradients=true}')(program)
+    x = torch.randn(3, 7, 8, generator=generator(2)).requires_grad_()
+    weight = torch.randn(program(x).shape, generator=generator(1))
+    (captured(x) * weight).sum().backward()
+    sums = CaptureBuffers.of(captured.module).gradients
+    assert sums.keys() == {site.id for site in program.sites}
+
+    for site in program.sites:
+        spec = f'insert-score{{where="sites:{site.id}" samples=3 kind=absolute_gaussian channels=false}}'
+        single = Pipeline.parse(spec)(program)
+        (single(x) * weight).sum().backward()
+        scores = ScoreBuffers.of(single.module)
+        assert float(sums[site.id][GRADIENT_SQUARE]) == pytest.approx(float(scores.sequences.sum()), rel=1e-5)
+    CaptureBuffers.of(captured.module).reset()
+    assert all(float(entry.abs().sum()) == 0 for entry in sums.values())
 
 
 def test_options_are_written_only_where_they_differ():
