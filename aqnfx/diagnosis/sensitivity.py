@@ -182,6 +182,26 @@ class _Detail(_Part):
     levels: dict[str, dict[str, Any]]
 
 
+class _Agreement(_Part):
+    probes: int = Field(ge=0)
+    median_ratio: float
+    within_25_percent: float = Field(ge=0, le=1)
+    worst: dict[str, Any]
+    second_order_fails: bool
+
+
+class _Channels(_Part):
+    channels: int = Field(ge=1)
+    top: list[tuple[int, float | None, float | None, float | None]]
+    outliers: list[dict[str, Any]] = []
+
+
+class _Weights(_Part):
+    metric: str = ""
+    source: str = ""
+    values: dict[str, dict[str, Any]] = {}
+
+
 class _Record(_Part):
     """What a record must look like; only used to check, so that the map itself stays plain JSON values."""
 
@@ -201,7 +221,10 @@ class _Record(_Part):
     per_layer_detail: dict[str, _Detail] = {}
     all_sites: dict[str, Any] = {}
     ranking: dict[str, list[dict[str, Any]]] = {}
-    channels: dict[str, Any] = {}
+    channels: dict[str, _Channels] = {}
+    method: str = "measure"
+    agreement: dict[str, _Agreement] = {}
+    weights: _Weights = _Weights()
     critical_layers: list[int | str] = []
     critical_ops: list[str] = []
     avalanche_points: list[list[int | str]] = []

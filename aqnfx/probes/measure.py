@@ -18,6 +18,7 @@ from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
 from aqnfx.probes.journal import Item, Journal, Scores
 from aqnfx.probes.measurements import Measurements, Probe
+from aqnfx.probes.memory import peak_memory_mib
 from aqnfx.probes.tasks import Reference, reference, score
 
 Progress = Callable[[int, int], None]
@@ -166,6 +167,7 @@ def measure(
         "runs": len(done) - resumed + len(run.clean),
         "resumed_items": resumed,
         "seconds": time.perf_counter() - started,
+        "peak_memory_mib": peak_memory_mib(batches[0].input_ids.device),
     }
     return _collect(run, batches, sweep, interrupted, noise_kind, {**(provenance or {}), **facts})
 

@@ -27,6 +27,7 @@ from aqnfx.numerics.signs import random_signs
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
+from aqnfx.probes.memory import peak_memory_mib
 
 Array = NDArray[np.float64]
 Output = Literal["categorical", "gaussian"]
@@ -153,7 +154,10 @@ def predict(
                 torch.autograd.backward([logits], [u], retain_graph=draw + 1 < draws)
                 if progress is not None:
                     progress(number * draws + draw + 1, len(batches) * draws)
-    facts = {"passes": len(batches), "draws": draws, "seed": seed, "seconds": time.perf_counter() - started}
+    facts = {
+        "passes": len(batches), "draws": draws, "seed": seed, "seconds": time.perf_counter() - started,
+        "peak_memory_mib": peak_memory_mib(buffers.sequences.device),
+    }  # fmt: skip
     return _collect(program, buffers, tokens, draws, samples, facts)
 
 

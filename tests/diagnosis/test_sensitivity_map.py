@@ -68,6 +68,10 @@ def test_map_does_not_share_with_its_record() -> None:
         ({"task": {"metric": "kl", "tokens": 1}}, r"task\.samples: Field required"),
         ({"per_site": [{"id": "a"}]}, r"per_site\.0\.module.*and 3 more"),
         ({"per_layer": {"0": float("nan")}}, r"per_layer\.0"),
+        ({"agreement": {"0.1": {"probes": 3}}}, r"agreement\.0\.1\.median_ratio"),
+        ({"channels": {"a": {"channels": 8, "top": [["x", 0.1, 0.0, 0.2]]}}}, r"channels\.a\.top\.0\.0"),
+        ({"weights": {"metric": 3}}, r"weights\.metric"),
+        ({"method": 1}, "method"),
     ],
 )
 def test_foreign_records_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
