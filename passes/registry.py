@@ -16,6 +16,7 @@ BUILTIN = {
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
     "insert-score": "aqnfx.passes.insert_score:InsertScore",
     "insert-capture": "aqnfx.passes.insert_capture:InsertCapture",
+    "partition-blocks": "aqnfx.passes.partition_blocks:PartitionBlocks",
     "lower-ops": "aqnfx.passes.lower_ops:LowerOps",
     "strip": "aqnfx.passes.strip:Strip",
 }

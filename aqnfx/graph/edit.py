@@ -19,8 +19,9 @@ def _carry(new: Node, anchor: Node, *, inserted_by: str, site: str | None) -> No
             new.meta[key] = anchor.meta[key]
     tag: Tag = get_tag(anchor)
     update_tag(
-        new, module=tag.module, layer=tag.layer, stack=tag.stack, region=tag.region, inserted_by=inserted_by, site=site
-    )
+        new, module=tag.module, layer=tag.layer, stack=tag.stack, region=tag.region, inserted_by=inserted_by, site=site,
+        block=tag.block,
+    )  # fmt: skip
 
 
 def control_buffer(module: GraphModule, name: str, value: torch.Tensor, *, inserted_by: str, site: str | None) -> Node:
@@ -99,6 +100,6 @@ def inline(call: Node, body: Graph, operands: Sequence[Any]) -> Any:
                 tag = get_tag(call)
                 update_tag(
                     new, module=tag.module, layer=tag.layer, stack=tag.stack, region=tag.region,
-                    inserted_by=tag.inserted_by, site=tag.site,
+                    inserted_by=tag.inserted_by, site=tag.site, block=tag.block,
                 )  # fmt: skip
     raise ValueError("the graph to inline has no output node")

@@ -21,7 +21,8 @@ class Tag:
 
     ``module`` is the innermost module's name, ``layer`` / ``stack`` the block it belongs to. ``op`` is set on nodes
     that are a site of that kind; ``part_of`` on inner nodes of a recognised composite. ``inserted_by`` names the pass
-    that put the node there and ``site`` the id of the site that it serves.
+    that put the node there and ``site`` the id of the site that it serves. ``block`` is the number of the part of the graph
+    that the node runs in, None before ``partition-blocks`` ran.
     """
 
     module: str = ""
@@ -33,6 +34,7 @@ class Tag:
     part_of: OpKind | None = None
     inserted_by: str | None = None
     site: str | None = None
+    block: int | None = None
 
 
 _EMPTY = Tag()
@@ -86,8 +88,13 @@ def is_float(node: Node) -> bool:
 
 def constant(module: GraphModule, node: Node) -> Any:
     """Return the parameter or buffer that a ``get_attr`` node reads."""
+    return attribute(module, str(node.target))
+
+
+def attribute(module: GraphModule, name: str) -> Any:
+    """Return the parameter or buffer of the (dotted) ``name``."""
     owner: Any = module
-    for part in str(node.target).split("."):
+    for part in name.split("."):
         owner = getattr(owner, part)
     return owner
 

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from aqnfx.errors import ModelError
+from aqnfx.graph.blocks import number_blocks
 from aqnfx.graph.program import Program
-from aqnfx.graph.tags import get_tag
 
 
 class _Recomputed(torch.nn.Module):
@@ -44,27 +44,9 @@ def checkpointed(program: Program) -> Program:
     """
     if not program.layers:
         raise ModelError("checkpointing needs layers to cut between, and the model has none; run without --checkpoint")
-    parts = _partitions(program)
-    split = split_module(program.module, program.module, lambda node: parts[node])
+    blocks = number_blocks(program)
+    split = split_module(program.module, program.module, lambda node: blocks.get(node, 0))
     for name, block in list(split.named_children()):
         if name.startswith("submod_") and isinstance(block, GraphModule):
             setattr(split, name, _Recomputed(block))
     return dataclasses.replace(program, module=split)
-
-
-def _partitions(program: Program) -> dict[Node, int]:
-    """Return the number of the partition of each node: layers in order of execution, never before a node's inputs."""
-    place = {layer: number for number, layer in enumerate(program.layers, start=1)}
-    parts: dict[Node, int] = {}
-    last = len(place) + 1
-    tail: set[Node] = set()
-    for node in program.graph.nodes:
-        tag = get_tag(node)
-        inputs = max((parts[n] for n in node.all_input_nodes if n.op not in ("placeholder", "get_attr")), default=0)
-        own = place.get((tag.stack, tag.layer), 0) if tag.stack is not None and tag.layer is not None else 0
-        parts[node] = max(inputs, own)
-        # What follows the last layer (final norm, head) is a part of its own.
-        if own == 0 and (inputs == last - 1 or any(n in tail for n in node.all_input_nodes)):
-            parts[node] = last
-            tail.add(node)
-    return parts

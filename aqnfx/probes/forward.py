@@ -26,23 +26,33 @@ def compiled_forward(program: Program, **options: Any) -> Forward:
 
 
 def _forward(program: Program, call: Callable[..., Any]) -> Forward:
+    check_inputs(program)
+    names = program.signature.tensor_names
+
+    def forward(batch: Batch) -> torch.Tensor:
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return logits_of(call(**{name: given[name] for name in names}))
+
+    return forward
+
+
+def check_inputs(program: Program) -> None:
+    """Raise :class:`ModelError` unless the program takes ``input_ids``, and nothing else but ``attention_mask``."""
     names = program.signature.tensor_names
     if "input_ids" not in names or any(n not in ("input_ids", "attention_mask") for n in names):
         raise ModelError(
             f"measuring needs a language model with the inputs input_ids and attention_mask; found {', '.join(names)}"
         )
 
-    def forward(batch: Batch) -> torch.Tensor:
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        output = call(**{name: given[name] for name in names})
-        logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
-        if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-            raise ModelError(
-                "measuring needs logits of shape (batch, sequence, vocabulary); the model returns something else"
-            )
-        return logits
 
-    return forward
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits (batch, sequence, vocabulary) of what a language model returned; :class:`ModelError` without."""
+    logits = getattr(output, "logits", output[0] if isinstance(output, (tuple, list)) else output)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise ModelError(
+            "measuring needs logits of shape (batch, sequence, vocabulary); the model returns something else"
+        )
+    return logits
 
 
 def is_causal(program: Program, tokens: Sequence[int]) -> bool:

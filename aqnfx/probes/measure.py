@@ -19,6 +19,7 @@ from aqnfx.probes.forward import Forward
 from aqnfx.probes.journal import Item, Journal, Scores
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.memory import peak_memory_mib
+from aqnfx.probes.replay import Engine, WholeGraph
 from aqnfx.probes.tasks import Reference, reference, score
 
 Progress = Callable[[int, int], None]
@@ -61,7 +62,7 @@ class _Run:
     """The state of one measuring run."""
 
     program: Program
-    forward: Forward
+    engine: Engine
     sweep: Sweep
     journal: Journal | None
     progress: Progress
@@ -75,7 +76,7 @@ class _Run:
         controls = self.program.controls
         controls.set_run(row_offset=batch.row_offset, step=0)
         self._switch(None, 0.0)
-        ref, clean = reference(batch, self.forward(batch))
+        ref, clean = reference(batch, self.engine.clean(batch))
         self.clean[index] = {**clean, "tokens": batch.score_mask[: batch.size].sum(1).cpu().numpy()}
         for p, probe in enumerate(self.sweep.probes):
             for lv, level in enumerate(self.sweep.levels):
@@ -91,7 +92,7 @@ class _Run:
         check = probe not in self.fired
         if check:
             self.program.controls.reset_hits()
-        logits = self.forward(batch)
+        logits = self.engine.noisy(probe.sites)
         if check:
             self._check_fired(probe)
         scores = {name: values.tolist() for name, values in score(ref, logits).items()}
@@ -122,7 +123,7 @@ class _Run:
 
 def measure(
     program: Program,
-    forward: Forward,
+    forward: Forward | Engine,
     batches: Sequence[Batch],
     sweep: Sweep,
     *,
@@ -133,12 +134,13 @@ def measure(
 ) -> Measurements:
     """Run the sweep over ``batches`` and return per-sample scores of the finished part.
 
-    ``program`` carries noise nodes at every site of every probe and ``forward`` runs it (one of
-    :mod:`aqnfx.probes.forward`). The same seed gives the same noise at a site in every configuration (common random
-    numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items in
-    ``journal`` are not run again. On ``KeyboardInterrupt`` the finished batches are returned with ``complete=False``
-    (of a first batch, the probes that are finished on it); with nothing finished :class:`Interrupted` is raised.
-    Raises :class:`ProbeError` when a probe fires at other sites than its own or the logits are not finite.
+    ``program`` carries noise nodes at every site of every probe and ``forward`` runs it: one of
+    :mod:`aqnfx.probes.forward`, or an engine of :mod:`aqnfx.probes.replay`. The same seed gives the same noise at a site
+    in every configuration (common random numbers). Batches are the outer loop: one clean run and its reference
+    serve all configurations of a batch. Items in ``journal`` are not run again. On ``KeyboardInterrupt`` the
+    finished batches are returned with ``complete=False`` (of a first batch, the probes that are finished on it);
+    with nothing finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a probe fires at other
+    sites than its own or the logits are not finite.
     """
     missing = sorted({s for p in sweep.probes for s in p.sites} - set(program.controls.sites))
     if missing:
@@ -151,7 +153,8 @@ def measure(
     done = {} if journal is None else dict(journal.items)
     resumed = len(done)
     tell = progress or (lambda _done, _total: None)
-    run = _Run(program, forward, sweep, journal, lambda d, _: tell(d, total), done)
+    engine = forward if isinstance(forward, Engine) else WholeGraph(forward)
+    run = _Run(program, engine, sweep, journal, lambda d, _: tell(d, total), done)
     saved, interrupted = program.controls.state(), False
     try:
         with torch.no_grad(), contextlib.suppress(KeyboardInterrupt):

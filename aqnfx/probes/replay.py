@@ -1,0 +1,141 @@
+"""Suffix replay: a run with noise starts at the block of its first noisy site, from what the clean run left there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from aqnfx.errors import ProbeError
+from aqnfx.graph.blocks import Block, cut, output_names, results
+from aqnfx.graph.program import Program
+from aqnfx.graph.tags import attribute
+from aqnfx.probes.data import Batch
+from aqnfx.probes.forward import Forward, check_inputs, logits_of
+
+Values = dict[str, Any]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """How configurations of one batch are run."""
+
+    def clean(self, batch: Batch) -> torch.Tensor:
+        """Return the logits of the batch without noise; the runs that follow are of this batch."""
+
+    def noisy(self, sites: Sequence[str]) -> torch.Tensor:
+        """Return the logits with the noise that the controls say; ``sites`` are those whose level is not 0."""
+
+
+class WholeGraph:
+    """Runs the whole graph every time."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._batch: Batch | None = None
+
+    def clean(self, batch: Batch) -> torch.Tensor:
+        """Run the batch, all levels being 0."""
+        self._batch = batch
+        return self._forward(batch)
+
+    def noisy(self, sites: Sequence[str]) -> torch.Tensor:
+        """Run the batch again."""
+        if self._batch is None:
+            raise ProbeError("the clean run of a batch comes first")
+        return self._forward(self._batch)
+
+
+class BlockReplay:
+    """Runs a program block by block; blocks before the first noisy one are not run again.
+
+    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy together)
+    begin, in at most ``memory`` bytes: where more would be needed, every second boundary is given up, and runs start
+    earlier. A block without a noisy site runs without noise nodes. ``compiled`` compiles every distinct block once with
+    and once without noise: weights and controls are its inputs. Results equal those of the whole graph, bit for bit
+    where nothing is compiled. Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a
+    program that is no language model.
+    """
+
+    def __init__(
+        self, program: Program, *, starts: Iterable[Sequence[str]] = (), memory: int | None = None, compiled: bool = False
+    ) -> None:
+        check_inputs(program)
+        self._program, self._memory, self._compiled = program, memory, compiled
+        # The same values cross with and without noise, under the same names.
+        self._clean, self._noisy = cut(program, noise=False), cut(program)
+        self._home = {site: place for place, block in enumerate(self._noisy) for site in block.noisy}
+        self._last = {name: place for place, block in enumerate(self._noisy) for name in block.inputs}
+        self._last |= dict.fromkeys(output_names(program), len(self._noisy))
+        self._weights = {
+            name: attribute(program.module, name).detach() for block in self._noisy for name in block.attributes
+        }
+        self._starts = sorted({self.first(sites) for sites in starts} - {0})
+        self._kept: dict[int, Values] = {}
+        self._calls: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Places of the blocks that runs of the current batch can start at."""
+        return tuple(self._kept)
+
+    def first(self, sites: Sequence[str]) -> int:
+        """Return the place of the first block that holds one of ``sites``; :class:`ProbeError` for one without noise."""
+        unknown = [site for site in sites if site not in self._home]
+        if unknown:
+            raise ProbeError(f"{len(unknown)} sites have no noise node, first {unknown[0]}; insert noise there first")
+        return min((self._home[site] for site in sites), default=0)
+
+    def clean(self, batch: Batch) -> torch.Tensor:
+        """Run the batch without noise nodes, and keep what later runs start from."""
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        names = [n.name for n in self._program.graph.nodes if n.op == "placeholder"]
+        bound = self._program.bind(**{name: given[name] for name in self._program.signature.tensor_names})
+        values: Values = dict(zip(names, bound, strict=True))
+        self._kept, stride = {0: dict(values)}, 1
+        for place, block in enumerate(self._clean):
+            if place in self._starts and self._starts.index(place) % stride == 0:
+                self._kept[place] = dict(values)
+                while self._memory is not None and len(self._kept) > 1 and self._held() > self._memory:
+                    stride *= 2
+                    gone = [p for i, p in enumerate(self._starts) if i % stride and p in self._kept]
+                    # With one boundary left, none is what fits.
+                    for p in gone or self._starts:
+                        self._kept.pop(p, None)
+            self._step(block, place, values)
+        return self._logits(values)
+
+    def noisy(self, sites: Sequence[str]) -> torch.Tensor:
+        """Run the current batch from the last kept boundary before the first of ``sites``."""
+        if not self._kept:
+            raise ProbeError("the clean run of a batch comes first")
+        first, active = self.first(sites), {self._home[site] for site in sites}
+        start = max(place for place in self._kept if place <= first)
+        values = dict(self._kept[start])
+        for place in range(start, len(self._clean)):
+            self._step((self._noisy if place in active else self._clean)[place], place, values)
+        return self._logits(values)
+
+    def _step(self, block: Block, place: int, values: Values) -> None:
+        arguments = [values[name] for name in block.inputs] + [self._weights[name] for name in block.attributes]
+        values.update(zip(block.outputs, self._call(block)(*arguments), strict=True))
+        for name in [n for n in values if self._last.get(n, -1) <= place]:
+            del values[name]
+
+    def _call(self, block: Block) -> Callable[..., Any]:
+        # Equal blocks share one function, so that it is compiled once.
+        if block.fingerprint not in self._calls:
+            module = block.module
+            self._calls[block.fingerprint] = torch.compile(module, dynamic=False) if self._compiled else module
+        return self._calls[block.fingerprint]
+
+    def _logits(self, values: Values) -> torch.Tensor:
+        return logits_of(self._program.unflatten(results(self._program, values)))
+
+    def _held(self) -> int:
+        """Return the bytes of the kept tensors but the inputs, shared ones once."""
+        tensors = {id(v): v for place, values in self._kept.items() if place for v in values.values()
+                   if isinstance(v, torch.Tensor)}  # fmt: skip
+        inputs = {id(v) for v in self._kept[0].values()}
+        return sum(v.numel() * v.element_size() for key, v in tensors.items() if key not in inputs)
