@@ -29,11 +29,12 @@ from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
 from aqnfx.probes.data import data_digest
-from aqnfx.probes.forward import Forward, compiled_forward, eager_forward
+from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
 
@@ -100,18 +101,20 @@ def run(
     work = ready.batches(options, ready.longest if options.compile == "yes" else None)
     earlier = recorded_identity(Path(journal)).get("compile") if journal is not None else None
     if options.compile == "auto" and earlier in COMPILED:  # the choice depends on timing, and a run must not mix them
-        graph, kernel = COMPILED[earlier]
+        compiled = earlier
     else:
-        graph, kernel = what_to_compile(ready.program, sweep, work, options.compile)
-    compiled = next(name for name, parts in COMPILED.items() if parts == (graph, kernel))
-    if graph:
+        compiled = what_to_compile(ready.program, sweep, work, options.compile)
+    if compiled == "blocks":
         work = ready.batches(options, ready.longest)
+    kernel = str(compiled != "none").lower()
     insert = Pipeline.parse(
-        f'insert-noise{{where="{options.where}" kind={options.noise} compiled={str(kernel).lower()}}}'
+        f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
     )
     noisy = insert(ready.program)
-    tell("compiling" if graph or kernel else "measuring")
-    forward: Forward = compiled_forward(noisy) if graph else eager_forward(noisy)
+    tell("measuring" if compiled == "none" else "compiling")
+    engine = BlockReplay(
+        noisy, starts=[p.sites for p in probes], memory=options.replay_bytes, compiled=compiled == "blocks"
+    )
     identity = _identity(noisy, ready, sweep, options) | {"compile": compiled}
     facts = _facts(noisy, ready, data, identity, options)
     if predictions is not None:
@@ -119,7 +122,7 @@ def run(
     keep = Journal(Path(journal), identity) if journal is not None else None
     try:
         found = measure(
-            noisy, forward, work, sweep, journal=keep, progress=progress, noise_kind=options.noise, provenance=facts
+            noisy, engine, work, sweep, journal=keep, progress=progress, noise_kind=options.noise, provenance=facts
         )
     finally:
         if keep is not None:
@@ -140,7 +143,7 @@ def run(
 
     def at(probe: Probe, level: float) -> Measurements:
         single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
-        return measure(noisy, forward, work, single, noise_kind=options.noise)
+        return measure(noisy, engine, work, single, noise_kind=options.noise)
 
     tell("confirming thresholds")
     confirmed, complete = confirm(found, at)

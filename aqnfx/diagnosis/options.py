@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +26,18 @@ METHODS = ("predict", "measure", "both")
 class Options:
     """What to diagnose and how; the command line's flags of the same names.
 
-    ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them; ``seeds``
-    is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level, ``window`` to 3 or
-    the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if that is less.
-    ``compile`` is "yes" (Inductor for the whole graph), "no" (PyTorch operations one by one), or "auto" (compile what
-    pays for the projected work). ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
-    with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
-    top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps only block
-    boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or "hessian-trace".
-    Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported as outliers.
-    ``probes`` are kinds of
-    :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that cannot
-    be meant.
+    ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them;
+    ``seeds`` is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level,
+    ``window`` to 3 or the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if
+    that is less. ``compile`` is "yes" (Inductor for every distinct block), "no" (PyTorch operations one by one), or
+    "auto" (compile what pays for the projected work); ``replay_memory`` bounds what is kept of a batch's clean run,
+    in bytes or as "512MiB". ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
+    with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of
+    the top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps
+    only block boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or
+    "hessian-trace". Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported
+    as outliers. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and
+    :class:`SelectorError` for values that cannot be meant.
     """
 
     levels: tuple[float, ...] = DEFAULT_LEVELS
@@ -57,6 +58,7 @@ class Options:
     metric: str | None = None
     outlier_threshold: float = 10.0
     compile: str = "auto"
+    replay_memory: str | int = "2GiB"
     batch_size: int = 32
     max_length: int | None = None
     text_field: str | None = None
@@ -75,6 +77,7 @@ class Options:
         if not isinstance(self.seed, numbers.Integral):
             raise InputError(f"seed must be a whole number, found {self.seed!r}")
         _one_of("compile", self.compile, ("auto", "yes", "no"))
+        byte_count("replay_memory", self.replay_memory)
         _one_of("method", self.method, METHODS)
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
@@ -105,9 +108,25 @@ class Options:
         return self.base_level if self.base_level is not None else sorted(self.levels)[len(self.levels) // 2]
 
     @property
+    def replay_bytes(self) -> int:
+        """The bound on what is kept of a clean run, in bytes."""
+        return byte_count("replay_memory", self.replay_memory)
+
+    @property
     def where(self) -> str:
         """The selector of the probed sites."""
         return ",".join([f"ops:{self.ops}"] + ([f"layers:{self.layers}"] if self.layers else []))
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(name: str, value: str | int) -> int:
+    """Return a number of bytes given as such or as a text with a unit; raises :class:`InputError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    if isinstance(value, bool) or not match or match[2].upper() not in _UNITS:
+        raise InputError(f"{name} {value!r} is not a number of bytes; write for example 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _one_of(name: str, value: Any, known: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+import aqnfx.numerics.ops  # noqa: F401  (registers aqnfx::noise)
 from aqnfx.errors import PassError
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
@@ -27,11 +28,14 @@ def number_blocks(program: Program) -> dict[Node, int]:
     place = {layer: number for number, layer in enumerate(program.layers, start=1)}
     last = len(place) + 1
     blocks: dict[Node, int] = {}
+    served: dict[str, int] = {}  # site -> block of what was inserted there: a counter reads no value of the graph
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         tag = get_tag(node)
         latest = max((blocks.get(n, 0) for n in node.all_input_nodes), default=0)
+        if tag.inserted_by is not None and tag.site:
+            latest = served[tag.site] = max(latest, served.get(tag.site, 0))
         own = place.get((tag.stack, tag.layer), 0) if tag.stack is not None and tag.layer is not None else 0
         # What has no layer and follows the last one (final norm, head) is a block of its own.
         blocks[node] = last if place and own == 0 and latest >= last - 1 else max(latest, own)

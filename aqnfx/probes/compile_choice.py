@@ -1,4 +1,4 @@
-"""What to compile before a sweep: the whole graph, the noise kernel, or nothing."""
+"""What to compile before a sweep: the blocks of the graph, the noise kernel, or nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from aqnfx.errors import InputError
+from aqnfx.graph.blocks import cut
 from aqnfx.graph.program import Program
+from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import Sweep
@@ -18,8 +20,8 @@ from aqnfx.probes.measure import Sweep
 _COMPILE_SECONDS_PER_NODE, _COMPILE_GAIN = 0.015, 0.25
 _KERNEL_SECONDS, _EAGER_NOISE_PER_SECOND = 20.0, 8e7
 
-# What is compiled, as artifacts say it -> (the graph, the noise kernel).
-COMPILED = {"none": (False, False), "noise kernel": (False, True), "graph": (True, True)}
+# What is compiled, as artifacts say it; with the blocks also the kernel.
+COMPILED = ("none", "noise kernel", "blocks")
 
 
 def compiler_problem(device: str) -> str | None:
@@ -37,18 +39,18 @@ def compiler_problem(device: str) -> str | None:
     return None
 
 
-def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mode: str) -> tuple[bool, bool]:
-    """Return (compile the graph, compile the noise kernel): what was asked, or what pays for the projected work.
+def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mode: str) -> str:
+    """Return one of :data:`COMPILED`: what was asked, or what pays for the projected work.
 
     Where nothing can be compiled, "auto" compiles nothing and "yes" raises :class:`InputError`.
     """
     problem = compiler_problem(str(batches[0].input_ids.device)) if mode != "no" else None
     if problem and mode == "yes":
         raise InputError(f"compile yes was asked, but {problem}; install one, or use --compile no")
-    if problem:
-        return False, False
-    if mode != "auto":
-        return mode == "yes", mode == "yes"
+    if problem or mode == "no":
+        return "none"
+    if mode == "yes":
+        return "blocks"
     forward = eager_forward(program)
     with torch.no_grad():
         forward(batches[0])
@@ -59,9 +61,12 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
     elements = {site.id: _elements(site.shape, tokens) for site in program.sites}
     noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
     noise_seconds = noise * len(batches) / _EAGER_NOISE_PER_SECOND
-    graph_seconds = once * sweep.size * len(batches) * _COMPILE_GAIN
-    graph = graph_seconds > 2 * len(list(program.graph.nodes)) * _COMPILE_SECONDS_PER_NODE
-    return graph, graph or noise_seconds > 2 * _KERNEL_SECONDS
+    saved = once * sweep.size * len(batches) * _COMPILE_GAIN
+    distinct = {block.fingerprint: len(block.module.graph.nodes) for block in cut(PartitionBlocks()(program))}
+    # Every distinct block is compiled with noise and without.
+    if saved > 2 * (_KERNEL_SECONDS + 2 * sum(distinct.values()) * _COMPILE_SECONDS_PER_NODE):
+        return "blocks"
+    return "noise kernel" if noise_seconds > 2 * _KERNEL_SECONDS else "none"
 
 
 def _elements(shape: Sequence[int | str], tokens: int) -> int:
