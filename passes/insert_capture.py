@@ -11,6 +11,7 @@ from torch.fx import Node
 from aqnfx.errors import PassError
 from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT, CAPTURING
 from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.opkinds import channel_dim
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.capture import new_buffers
@@ -23,10 +24,10 @@ class InsertCapture(Pass):
     """Put one ``aqnfx::capture`` node behind every site that ``where`` selects, with accumulators of its own.
 
     ``perturb`` names the declared perturbation (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) whose Σδ² is
-    accumulated for the SQNR, "" none. Statistics are per channel of the last dimension where its size is fixed, else of
-    all elements together. Positions with an ``attention_mask`` of 0 do not count where a site begins with the sizes
-    (batch, sequence) of that input or of ``input_ids``, or with their product; elsewhere (heads before the sequence, attention
-    probabilities) every position counts.
+    accumulated for the SQNR, "" none. Statistics are per channel of the last dimension (after a convolution of the
+    second) where its size is fixed, else of all elements together. Positions with an ``attention_mask`` of 0 do not
+    count where a site begins with the sizes (batch, sequence) of that input or of ``input_ids``, or with their
+    product; elsewhere (heads before the sequence, attention probabilities) every position counts.
 
     ``gradients`` also puts an identity there whose backward pass accumulates the gradient's magnitude, of whatever is
     differentiated; without ``values`` there is only that.
@@ -64,7 +65,8 @@ class InsertCapture(Pass):
             anchor = nodes[site.id]
             value = tensor_value(anchor)
             assert value is not None  # a site is a node with one tensor
-            width = static_size(value.shape[-1]) if value.dim() else 1
+            dim = channel_dim(site.op, value.dim())
+            width = static_size(value.shape[dim]) if value.dim() else 1
             covered = mask if any(_covers(shape, value) for shape in shapes) else None
             new = new_buffers(width if isinstance(width, int) else 1) if self.values else ()
             named = dict(zip(("channels", "totals"), new, strict=False))
@@ -77,7 +79,7 @@ class InsertCapture(Pass):
                 for part, value in named.items()
             }
             if self.values:
-                args: tuple[Any, ...] = (anchor, covered, buffers["channels"], buffers["totals"], self.perturb)
+                args: tuple[Any, ...] = (anchor, covered, buffers["channels"], buffers["totals"], self.perturb, dim)
                 insert_after(anchor, CAPTURE, args, inserted_by=self.name, site=site.id, reroute=False)
             if self.gradients:
                 args = (anchor, covered, buffers["gradients"])

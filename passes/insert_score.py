@@ -11,7 +11,7 @@ from torch.fx import Node
 import aqnfx.numerics.score  # noqa: F401  (registers aqnfx::score)
 from aqnfx.errors import PassError
 from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
-from aqnfx.graph.opkinds import OpKind
+from aqnfx.graph.opkinds import FINITE, OpKind, channel_dim
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
@@ -25,9 +25,10 @@ class InsertScore(Pass):
     """Put one ``aqnfx::score`` node behind every site that ``where`` selects, and their shared accumulators.
 
     ``kind`` is the noise whose cost is accumulated, ``samples`` and ``draws`` the number of samples and of projection
-    draws that there is room for, ``channels`` also accumulates per channel of the last dimension. ``perturb`` names
-    declared perturbations (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) by ``a|b``: per sample Σ g·δ of each.
-    ``weights`` also scores every floating-point parameter: Σ g², for the Fisher trace.
+    draws that there is room for, ``channels`` also accumulates per channel: of the last dimension, of the second
+    after a convolution. ``perturb`` names declared perturbations
+    (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
+    scores every floating-point parameter: Σ g², for the Fisher trace.
     """
 
     name: ClassVar[str] = "insert-score"
@@ -43,7 +44,7 @@ class InsertScore(Pass):
     @property
     def perturbations(self) -> tuple[str, ...]:
         """The declared perturbations; noise of kind ``bias`` is one of them."""
-        named = tuple(name.strip() for name in self.perturb.split("|") if name.strip())
+        named = tuple(dict.fromkeys(name.strip() for name in self.perturb.split("|") if name.strip()))
         return ("bias", *named) if self.kind == NoiseKind.BIAS and "bias" not in named else named
 
     def requires(self, program: Program) -> None:
@@ -84,12 +85,13 @@ class InsertScore(Pass):
             anchor_node = nodes[site.id]
             value = tensor_value(anchor_node)
             assert value is not None  # a site is a node with one tensor
-            channels, width = None, static_size(value.shape[-1]) if value.dim() > 1 else None
+            dim = channel_dim(site.op, value.dim())
+            channels, width = None, static_size(value.shape[dim]) if value.dim() > 1 else None
             if self.channels and self.kind != NoiseKind.BIAS and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             args = (
                 anchor_node, anchor, run, hits, table, channels, sketch, index, sample_count(value, batch),
-                str(self.kind), list(names), -1, site.op == OpKind.SOFTMAX,
+                str(self.kind), list(names), dim, site.op == OpKind.SOFTMAX, site.op not in FINITE,
             )  # fmt: skip
             insert_after(
                 anchor_node, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name, site=site.id

@@ -33,7 +33,16 @@ class OpKind(StrEnum):
 
 CORE = frozenset({OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM})
 EXTENDED = CORE | {OpKind.SOFTMAX, OpKind.SILU, OpKind.GELU, OpKind.LAYER_NORM, OpKind.RMS_NORM}
+# What comes out of these is finite in a model that works; elsewhere (sums, selections) a mask may have left infinities.
+FINITE = EXTENDED | {OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM, OpKind.RELU, OpKind.GLU, OpKind.ROTARY}
 OP_SETS: dict[str, frozenset[OpKind]] = {"core": CORE, "extended": EXTENDED, "all": frozenset(OpKind)}
+
+
+
+def channel_dim(op: OpKind, dims: int) -> int:
+    """Return which dimension of a value of ``dims`` dimensions holds the channels: the second of a convolution's."""
+    return 1 if op is OpKind.CONV and dims > 2 else -1
+
 
 _NAMES: dict[OpKind, tuple[str, ...]] = {
     OpKind.LINEAR: ("linear", "addmm", "addmv", "linear_relu"),

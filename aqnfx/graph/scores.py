@@ -19,6 +19,7 @@ class ScoreBuffers:
     """Accumulators of a graph, see :func:`aqnfx.numerics.score.accumulate` for their shapes.
 
     ``rows`` gives the row of each site and, as ``NAME:weight``, of each parameter; ``channels`` those that have them.
+    ``shared``: the sites and parameters whose values belong to no sample; a batch's sum stands at its first sample.
     """
 
     rows: Mapping[str, int]
@@ -29,6 +30,7 @@ class ScoreBuffers:
     sequences: Tensor
     sketch: Tensor | None
     channels: Mapping[str, Tensor]
+    shared: frozenset[str]
 
     @classmethod
     def of(cls, module: GraphModule) -> ScoreBuffers:
@@ -45,6 +47,7 @@ class ScoreBuffers:
             run=constant(module, first[2]), hits=constant(module, first[3]), sequences=constant(module, first[4]),
             sketch=None if first[6] is None else constant(module, first[6]),
             channels={s: constant(module, n.args[5]) for s, n in zip(sites, nodes, strict=True) if n.args[5] is not None},
+            shared=frozenset(s for s, n in zip(sites, nodes, strict=True) if n.args[8] == 0),
         )  # fmt: skip
 
     def reset(self) -> None:

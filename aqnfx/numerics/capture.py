@@ -35,10 +35,12 @@ def clear(channels: Tensor, totals: Tensor) -> None:
     totals.zero_()
 
 
-def accumulate(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str) -> None:
+def accumulate(
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+) -> None:
     """Add what ``y`` holds to ``channels`` and ``totals``, in place.
 
-    ``y`` of any float dtype is read as (rows, C), with C the width of ``channels``: the size of the last dimension, or 1
+    ``y`` of any float dtype is read as (rows, C), with C the width of ``channels``: the size of ``channel_dim``, or 1
     for a value without channels of fixed number. ``channels`` fp64 (5, C): Σ|y|, Σy², max |y|, number of exact zeros,
     min non-zero |y| (+inf before there is one). ``totals`` fp64 (2,): number of rows, Σδ² of the declared
     ``perturbation`` (none for an empty name). ``mask`` (B, S), bool or number: only positions with a mask that is not 0
@@ -50,10 +52,15 @@ def accumulate(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor,
     if y.numel() == 0:
         return
     width = channels.shape[1]
-    rows = y.detach().reshape(-1, width)
+    y = y.detach()
+
+    def table(values: Tensor) -> Tensor:
+        return (values.movedim(channel_dim, -1) if width > 1 and values.dim() else values).reshape(-1, width)
+
+    rows = table(y)
     dropped = None if mask is None else _dropped(mask, y, len(rows))
     # Of the whole value at once: a perturbation may depend on more than one element.
-    delta = declared(perturbation)(y.detach()).reshape(-1, width) if perturbation else None
+    delta = table(declared(perturbation)(y)) if perturbation else None
     step = max(1, _CHUNK // width)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -87,13 +94,17 @@ def _dropped(mask: Tensor, y: Tensor, rows: int) -> Tensor:
 
 
 @torch.library.custom_op("aqnfx::capture", mutates_args=("channels", "totals"))
-def capture(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str) -> None:
+def capture(
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+) -> None:
     """See :func:`accumulate`; like ``aqnfx::count`` it has no output, and takes no part in autograd."""
-    accumulate(y, mask, channels, totals, perturbation)
+    accumulate(y, mask, channels, totals, perturbation, channel_dim)
 
 
 @capture.register_fake
-def _(y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str) -> Any:
+def _(
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+) -> Any:
     return None
 
 

@@ -16,10 +16,19 @@ from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
 
 
-def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool) -> Tensor:
-    """Return g·s, a new tensor of the shape of ``y``, with s the scale of unit noise of ``kind`` (fp32 or fp64)."""
+def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked: bool = False) -> Tensor:
+    """Return g·s, a new tensor of the shape of ``y``, with s the scale of unit noise of ``kind`` (fp32 or fp64).
+
+    ``masked``: ``y`` may hold infinities, as a mask added to it leaves them; noise does not change those, so s is 0 there.
+    """
     wide = grad.dtype if grad.dtype in (torch.float32, torch.float64) else torch.float32
     grad, y = grad.to(wide), y.to(wide)
+    if masked:
+        outside = ~torch.isfinite(y)
+        grad = grad.masked_fill(outside, 0.0)
+        # The rms of a row with an infinity is infinite, and such noise changes nothing in the whole row.
+        rows = outside.any(-1, keepdim=True) if kind == NoiseKind.RMS_GAUSSIAN else outside
+        y = y.masked_fill(rows, 0.0)
     if kind in (NoiseKind.RELATIVE_GAUSSIAN, NoiseKind.UNIFORM):
         return grad * y
     scaled = grad.clone()
@@ -31,7 +40,7 @@ def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool) -> Ten
 def accumulate(
     grad: Tensor, y: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int,
-    keep_zeros: bool,
+    keep_zeros: bool, masked: bool = False,
 ) -> None:  # fmt: skip
     """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
 
@@ -44,7 +53,7 @@ def accumulate(
     draw, offset = int(run[1]), int(run[2])
     rows = batch or 1
     if kind != NoiseKind.BIAS:
-        scaled = scaled_gradient(grad, y, kind, keep_zeros)
+        scaled = scaled_gradient(grad, y, kind, keep_zeros, masked)
         if channels is not None:
             width = scaled.shape[channel_dim]
             last = channel_dim % scaled.dim() == scaled.dim() - 1
@@ -58,6 +67,8 @@ def accumulate(
         sequences[index, draw, offset : offset + rows] += total
     for number, name in enumerate(perturbations):
         delta = perturbation(name)(y)
+        if masked:
+            delta = delta.masked_fill(~torch.isfinite(y), 0.0)
         products = (grad.to(delta.dtype) * delta).reshape(rows, -1).sum(1, dtype=torch.float64)
         assert sketch is not None  # allocated by the pass that declares perturbations
         sketch[index, number, draw, offset : offset + rows] += products
@@ -83,7 +94,8 @@ class _Score(torch.autograd.Function):
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
-    "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False) -> Tensor"
+    "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False, bool masked=False) "
+    "-> Tensor"
 )
 
 
@@ -92,7 +104,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def score(
     y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int = -1,
-    keep_zeros: bool = False,
+    keep_zeros: bool = False, masked: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return ``y`` itself; its gradient goes to :func:`accumulate`.
 
@@ -100,6 +112,7 @@ def score(
     for any weight.
     """
     result: Tensor = _Score.apply(  # type: ignore[no-untyped-call]
-        y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros
-    )
+        y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros,
+        masked,
+    )  # fmt: skip
     return result

@@ -8,29 +8,31 @@ pass serves all sites. Signs instead of normal v have the same mean and less var
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, ModelError, ProbeError
+from aqnfx.graph.opkinds import base_name
 from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.graph.sites import Site
+from aqnfx.graph.tags import get_tag
 from aqnfx.numerics.noise import NoiseKind
-from aqnfx.numerics.signs import random_signs
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
 from aqnfx.probes.memory import peak_memory_mib
+from aqnfx.probes.projection import OUTPUTS, Output, check_output, positions, projection
 
 Array = NDArray[np.float64]
-Output = Literal["categorical", "gaussian"]
 Progress = Callable[[int, int], None]
 
 
@@ -41,8 +43,9 @@ class Predictions:
     ``costs`` fp64 (S, n): per site and sample Σ (g·s)², averaged over the draws; the KL of noise of level l is l²/2 of
     it, in nats summed over the sample's ``tokens`` (n,) positions. ``sketch`` fp64 (S, D, K, n): Σ g·δ of the declared
     ``perturbations``, whose columns add up over sites. ``channels``: site -> fp64 (2, C), mean over samples of the cost
-    of each channel and its standard error. ``weights``: parameter -> fp64 (n,), Σ g² of its batch at the batch's first
-    sample. ``reached`` (S,): whether a gradient arrived; a site without one has no path to the output.
+    of each channel and its standard error (NaN where a value belongs to no sample). ``weights``: parameter -> fp64
+    (batches,), Σ g² of each batch; ``offsets`` are the numbers of their first samples. ``reached`` (S,): whether a gradient
+    arrived; a site without one has no differentiable path to the output. ``notes`` say what a reader has to know.
     """
 
     sites: tuple[Site, ...]
@@ -55,6 +58,8 @@ class Predictions:
     sketch: Array | None = None
     channels: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
+    offsets: tuple[int, ...] = (0,)
+    notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,12 +69,13 @@ class Predictions:
 
     @property
     def unreached(self) -> tuple[str, ...]:
-        """Ids of the sites that have no path to the output."""
+        """Ids of the sites that have no differentiable path to the output."""
         return tuple(s.id for s, ok in zip(self.sites, self.reached, strict=True) if not ok)
 
     def rows(self, sites: Sequence[str]) -> list[int]:
         """Return the rows of ``sites``; raises :class:`ProbeError` for one that was not scored."""
         known = {site.id: row for row, site in enumerate(self.sites)}
+        sites = tuple(dict.fromkeys(sites))
         missing = [site for site in sites if site not in known]
         if missing:
             raise ProbeError(f"{len(missing)} sites were not scored, first {missing[0]}; insert-score there first")
@@ -78,8 +84,11 @@ class Predictions:
     def kl(self, sites: Sequence[str], level: float) -> Array:
         """Return the predicted KL of independent noise of ``level`` at all ``sites`` together, fp64 (n,): nats per sample.
 
-        NaN where none of the sites has a path to the output.
+        NaN where none of the sites has a differentiable path to the output. Raises :class:`InputError` for a level that is
+        negative or no number.
         """
+        if not 0.0 <= level < float("inf"):
+            raise InputError(f"noise level {level} must be finite and not negative")
         rows = self.rows(sites)
         if not self.reached[rows].any():
             return np.full(self.samples, np.nan)
@@ -94,13 +103,21 @@ class Predictions:
         """
         if self.sketch is None or name not in self.perturbations:
             raise InputError(f"perturbation {name!r} was not declared; declared: {', '.join(self.perturbations) or 'none'}")
-        together = self.sketch[self.rows(sites), self.perturbations.index(name)].sum(axis=0)
+        rows = self.rows(sites)
+        if not self.reached[rows].any():
+            return np.full(self.samples, np.nan)
+        together = self.sketch[rows, self.perturbations.index(name)].sum(axis=0)
         return np.asarray(0.5 * scale**2 * np.square(together).mean(axis=0))
 
     def channel_kl(self, site: str, level: float) -> Array:
         """Return fp64 (2, C): the KL in nats per token of noise of ``level`` on each channel alone, and its standard error."""
         if site not in self.channels:
-            raise ProbeError(f"{site} has no channels of fixed number; {len(self.channels)} sites have")
+            (row,) = self.rows([site])
+            if not self.reached[row]:
+                raise ProbeError(f"{site} has no differentiable path to the output, so nothing is known of its channels")
+            if self.kind == NoiseKind.BIAS:
+                raise ProbeError("a bias has no cost per channel: its channels interact; use perturbed_kl")
+            raise ProbeError(f"{site} has no channels of fixed number, or insert-score ran with channels=false")
         return np.asarray(0.5 * level**2 * self.channels[site] * self.samples / self.tokens.sum())
 
 
@@ -122,11 +139,17 @@ def predict(
     ``seed`` and the number of the sample, not on the batch size. Raises :class:`PassError` without score nodes,
     :class:`ModelError` when no gradient can flow, :class:`ProbeError` for logits or gradients that are not finite.
     """
-    if draws < 1:
-        raise InputError(f"draws {draws} must be at least 1")
+    if isinstance(draws, bool) or not isinstance(draws, numbers.Integral) or draws < 1:
+        raise InputError(f"draws {draws!r} must be a whole number of at least 1")
+    if output not in OUTPUTS:
+        raise InputError(f"output {output!r} is not one of {', '.join(OUTPUTS)}")
+    if torch.is_inference_mode_enabled():
+        raise ModelError("predicting needs gradients, which torch.inference_mode forbids; call it outside")
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches must be a sequence of batches, found one {type(batches).__name__}; put it into a list")
     batches = tuple(batches)
     if not batches:
-        raise InputError("there are no samples to predict on")
+        raise InputError("there are no samples to predict on: the batches are empty, or a generator that was used before")
     buffers = ScoreBuffers.of(program.module)
     samples = sum(batch.size for batch in batches)
     room = buffers.sequences.shape
@@ -145,7 +168,8 @@ def predict(
                     "no gradient reaches the output: the model runs under torch.no_grad, detaches its activations, or no "
                     "scored site has a path to the output"
                 )
-            mask = _positions(batch, logits)
+            check_output(logits, output)
+            mask = positions(batch, logits)
             counts = mask[: batch.size].reshape(batch.size, -1).sum(1)
             tokens[batch.row_offset : batch.row_offset + batch.size] = counts.cpu().numpy()
             for draw in range(draws):
@@ -155,48 +179,12 @@ def predict(
                 if progress is not None:
                     progress(number * draws + draw + 1, len(batches) * draws)
     facts = {
-        "passes": len(batches), "draws": draws, "seed": seed, "seconds": time.perf_counter() - started,
+        "passes": len(batches), "backward_passes": len(batches) * draws, "draws": draws, "seed": seed,
+        "seconds": time.perf_counter() - started,
         "peak_memory_mib": peak_memory_mib(buffers.sequences.device),
     }  # fmt: skip
-    return _collect(program, buffers, tokens, draws, samples, facts)
-
-
-def projection(
-    logits: torch.Tensor, mask: torch.Tensor, *, seed: int, draw: int, row_offset: int, output: Output = "categorical"
-) -> torch.Tensor:
-    """Return u with covariance F at the positions of ``mask`` (B, …) and 0 elsewhere, of the shape of ``logits`` (B, …, V)."""
-    result = torch.empty_like(logits)
-    width, broken = logits.shape[-1], torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
-    for row in range(logits.shape[0]):
-        values, chosen = logits[row].reshape(-1, width), mask[row].reshape(-1)
-        wide = values if values.dtype == torch.float64 else values.to(torch.float32)
-        broken[row] = (~torch.isfinite(wide).all(-1) & chosen).any()
-        # Numbered by what is scored, not by where it stands: padding does not change a draw.
-        numbers = chosen.cumsum(0, dtype=torch.int32) - 1
-        u = random_signs(numbers, width, _draw_key(seed, draw, row_offset + row)).to(wide.dtype)
-        if output == "categorical":
-            p = torch.softmax(wide, dim=-1)
-            u.mul_(p.sqrt())
-            u.sub_(p.mul_(u.sum(-1, keepdim=True)))
-        result[row] = u.masked_fill_(~chosen.unsqueeze(-1), 0.0).reshape(logits.shape[1:])
-    if bool(broken.any()):
-        first = row_offset + int(broken.nonzero()[0])
-        raise ProbeError(f"logits are not finite at scored positions of sample {first}")
-    return result
-
-
-def _draw_key(seed: int, draw: int, sample: int) -> int:
-    return int(np.random.SeedSequence((seed & 0xFFFFFFFF, draw, sample)).generate_state(1)[0])
-
-
-def _positions(batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-    """Return which positions of the logits count, bool (B, …) without the last dimension."""
-    mask = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    if logits.dim() == 3:  # a language model: the last position predicts nothing that is known
-        mask[:, :-1] = batch.score_mask.to(logits.device)
-    else:
-        mask[: batch.size] = True
-    return mask
+    offsets = tuple(batch.row_offset for batch in batches)
+    return _collect(program, buffers, tokens, draws, offsets, facts)
 
 
 @contextmanager
@@ -213,32 +201,84 @@ def _weights_frozen(program: Program) -> Iterator[None]:
 
 
 def _collect(
-    program: Program, buffers: ScoreBuffers, tokens: NDArray[np.int64], draws: int, samples: int, facts: dict[str, Any]
-) -> Predictions:
+    program: Program, buffers: ScoreBuffers, tokens: NDArray[np.int64], draws: int, offsets: tuple[int, ...],
+    facts: dict[str, Any],
+) -> Predictions:  # fmt: skip
+    samples = len(tokens)
     sites = {site.id: site for site in program.sites}
     names = [name for name in buffers.rows if name in sites]
     rows = [buffers.rows[name] for name in names]
     table = buffers.sequences[:, :draws, :samples].mean(dim=1).cpu().numpy()
     if not np.isfinite(table).all():
         broken = next(name for name, row in buffers.rows.items() if not np.isfinite(table[row]).all())
-        raise ProbeError(f"the gradient is not finite at {broken}; run the model in float32")
+        raise ProbeError(f"the value or the gradient is not finite at {broken}{_in_half(program)}")
+    reached = buffers.hits.cpu().numpy() > 0
+    weights = {
+        name.removesuffix(":weight"): table[row, list(offsets)]
+        for name, row in buffers.rows.items()
+        if name.endswith(":weight")
+    }
+    for row in (buffers.rows[name] for name in names if name in buffers.shared):
+        table[row] = _spread(table[row], tokens, offsets)
     channels = {}
     for site, sums in buffers.channels.items():
+        if not reached[buffers.rows[site]]:
+            continue
         mean = sums[0].cpu().numpy() / (draws * samples)
         spread = np.maximum(sums[1].cpu().numpy() / (draws * samples) - mean**2, 0.0)
         # Draws of one sample are not independent of each other, so only samples count: too wide rather than too narrow.
         channels[site] = np.stack([mean, np.sqrt(spread / max(samples - 1, 1))])
+        if site in buffers.shared:
+            channels[site][1] = np.nan
     sketch = None
     if buffers.sketch is not None:
         sketch = buffers.sketch[rows, :, :draws, :samples].cpu().numpy()
         if not np.isfinite(sketch).all():
             broken = names[int(np.argwhere(~np.isfinite(sketch))[0, 0])]
-            raise ProbeError(f"a declared perturbation or its gradient is not finite at {broken}; run the model in float32")
+            raise ProbeError(
+                f"a declared perturbation ({', '.join(buffers.perturbations)}) or its gradient is not finite at {broken}: "
+                f"the values are beyond the format's range, or the model's own{_in_half(program)}"
+            )
     return Predictions(
         sites=tuple(sites[name] for name in names), kind=buffers.kind, tokens=tokens, costs=table[rows], draws=draws,
-        reached=buffers.hits.cpu().numpy()[rows] > 0, perturbations=buffers.perturbations, sketch=sketch,
-        channels=channels, provenance=facts,
-        weights={
-            name.removesuffix(":weight"): table[row] for name, row in buffers.rows.items() if name.endswith(":weight")
-        },
+        reached=reached[rows], perturbations=buffers.perturbations, sketch=sketch, channels=channels, provenance=facts,
+        weights=weights, offsets=offsets, notes=_notes(program, set(names)),
     )  # fmt: skip
+
+
+def _in_half(program: Program) -> str:
+    """Return the advice that helps in half precision, and only there."""
+    dtypes = {p.dtype for p in program.module.parameters() if p.is_floating_point()}
+    return "; run the model in float32" if dtypes - {torch.float32, torch.float64} else ""
+
+
+def _spread(sums: Array, tokens: NDArray[np.int64], offsets: tuple[int, ...]) -> Array:
+    """Return the sums of whole batches, each at its first sample, spread over the batch's samples by their tokens."""
+    result = np.zeros_like(sums)
+    for first, last in zip(offsets, (*offsets[1:], len(sums)), strict=True):
+        share = tokens[first:last] / max(int(tokens[first:last].sum()), 1)
+        result[first:last] = sums[first] * share
+    return result
+
+
+def _notes(program: Program, scored: set[str]) -> tuple[str, ...]:
+    """Say what the gradients of the scored sites do not see."""
+    after: set[torch.fx.Node] = set()
+    cuts, routed = [], False
+    nodes = {node: site for site, node in program.site_nodes().items()}
+    for node in program.graph.nodes:
+        if nodes.get(node) in scored or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+            name = base_name(node.target)
+            if name in ("detach", "lift_fresh_copy") and node.users:
+                cuts.append(get_tag(node).module)
+            routed = routed or name in ("topk", "argmax", "sort")
+    notes = []
+    if cuts:
+        notes.append(f"The model detaches values in {cuts[0] or 'its forward'}: no gradient sees what goes that way.")
+    if routed:
+        notes.append(
+            "Values choose by rank in this model (routed experts): noise that changes a choice has no derivative, and its "
+            "cost is not part of any prediction."
+        )
+    return tuple(notes)

@@ -47,13 +47,8 @@ def fisher_traces(predictions: Predictions, program: Program) -> tuple[WeightTra
     if not predictions.weights:
         raise InputError("no weights were scored; use insert-score{weights=true}")
     sizes = {name: p.numel() for name, p in program.module.named_parameters()}
-    found = []
-    for name, values in predictions.weights.items():
-        starts = np.flatnonzero(values)  # each batch's sum stands at its first sample
-        bounds = np.unique(np.concatenate([[0], starts]))
-        tokens = np.add.reduceat(predictions.tokens.astype(np.float64), bounds)
-        found.append(_weighted(name, sizes.get(name, 0), values[bounds], tokens))
-    return tuple(found)
+    tokens = np.add.reduceat(predictions.tokens.astype(np.float64), predictions.offsets)
+    return tuple(_weighted(name, sizes.get(name, 0), sums, tokens) for name, sums in predictions.weights.items())
 
 
 def hessian_traces(

@@ -18,7 +18,8 @@ from aqnfx.numerics.perturbations import perturbation
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
 from aqnfx.probes.checkpoint import checkpointed
-from aqnfx.probes.predict import Predictions, predict, projection
+from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.projection import projection
 from tests.graph.small import generator, seeded, traced
 
 SITES = ("layers.0.up:linear:0", "layers.1.up:linear:0")
