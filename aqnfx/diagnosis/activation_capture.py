@@ -36,7 +36,7 @@ class ActivationCapture:
     its config; ``perturb`` the declared perturbation of ``snr_db``. ``gradients`` also captures the gradients that arrive
     when the caller differentiates what a call returned.
 
-    No hook is set and the module is not touched. :meth:`register_hooks` is ``aqnfx.trace`` and the pipeline
+    No hook is set and no code of the module runs or changes. :meth:`register_hooks` is ``aqnfx.trace`` and the pipeline
     ``tag-layers,tag-ops,insert-capture{where="sites:…"}``; runs go through that program, which shares the model's
     weights and is in evaluation mode; :meth:`statistics` and :meth:`detect_outliers` read
     :class:`~aqnfx.probes.capture.Captures`; :meth:`remove_hooks` drops the program. For other sites use the pass and
@@ -48,14 +48,17 @@ class ActivationCapture:
     def __init__(
         self,
         model: nn.Module | Program | str | Path,
-        layer_patterns: Sequence[str] | str = (),
+        layer_patterns: Sequence[str | int] | str | int = (),
         *,
         inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
         perturb: str = "bf16",
         gradients: bool = False,
     ) -> None:
         self.model = model
-        self.layer_patterns = (layer_patterns,) if isinstance(layer_patterns, str) else tuple(layer_patterns)
+        given = (layer_patterns,) if isinstance(layer_patterns, (str, int)) else tuple(layer_patterns)
+        if wrong := [p for p in given if not isinstance(p, (str, int)) or isinstance(p, bool)]:
+            raise InputError(f"layer_patterns must be names, globs or layer numbers, found {wrong[0]!r}")
+        self.layer_patterns = tuple(map(str, given))
         self.inputs = inputs
         self.perturb = perturb
         self.gradients = gradients
@@ -117,7 +120,9 @@ class ActivationCapture:
         One or several of: token ids (B, S) or whatever single tensor the model takes, a mapping of the model's
         arguments, a :class:`~aqnfx.probes.data.Batch`. Raises :class:`InputError` for anything else.
         """
-        items: Iterable[Any] = [batches] if isinstance(batches, (Tensor, Mapping, Batch)) else batches
+        items: Any = [batches] if isinstance(batches, (Tensor, Mapping, Batch)) else batches
+        if not isinstance(items, Iterable):
+            raise InputError(f"ActivationCapture.run takes batches, found {type(items).__name__}")
         done = 0
         with torch.no_grad():
             for item in items:

@@ -18,19 +18,28 @@ LARGEST_LEVEL = 1.0
 """Beyond it a predicted threshold is not worth a run: relative noise as large as the values themselves."""
 CONFIRMED = 3
 """Thresholds of this many operators and layers, those with the lowest ones, are measured."""
+CLOSE = 0.1
+"""A measured degradation within this share of 10 % needs no second measurement."""
 Runner = Callable[[Probe, float], Measurements]
 
 
 def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
-    """Return the level at which the predicted KL reaches what costs 10 % by the curve through the measured probes.
+    """Return the level at which the predicted KL reaches what costs 10 %.
 
-    ``None`` where the curve never reaches 10 %, the probe has no path to the output, or the level would be beyond 1.
+    What costs 10 % is read off the probe's own measured curve where that reaches it, else off the curve through all
+    measured probes. ``None`` where the curve never reaches 10 %, the probe has no path to the output, or the level
+    would be beyond 1.
     """
     if m.predictions is None:
         return None
     scores = SampleScores.of(m)
     total = float(scores.tokens.sum())
-    fit = Fit.through(scores.kl.sum(-1) / total, scores.loss.sum(-1) / scores.loss_base.sum())
+    kl, degradation = scores.kl.sum(-1) / total, scores.loss.sum(-1) / scores.loss_base.sum()
+    fit = Fit.through(kl, degradation)
+    if probe in m.probes:
+        row = m.probes.index(probe)
+        own = Fit.through(kl[row], degradation[row])
+        fit = own if float(own(own.largest)) >= THRESHOLD_COST else fit
     unit = float(m.predictions.kl(probe.sites, 1.0)[: m.samples].sum()) / total
     if not np.isfinite(unit) or unit <= 0.0 or float(fit(fit.largest)) < THRESHOLD_COST:
         return None
@@ -43,8 +52,9 @@ def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
 def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], bool]:
     """Measure the operators and layers with the lowest predicted thresholds at those thresholds.
 
-    ``run(probe, level)`` measures one probe at one level. Returns what was confirmed, and whether that is all: an
-    interruption ends it.
+    Where 10 % was missed by more than a tenth of it, once more at the level that the first measurement points to:
+    degradation is taken to grow in proportion to the level, by a factor of two at most. ``run(probe, level)`` measures one
+    probe at one level. Returns what was measured last for each, and whether that is all: an interruption ends it.
     """
     found: list[Measurements] = []
     for kind in ("operator", "layer"):
@@ -53,12 +63,21 @@ def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], boo
         for level, _, probe in known[:CONFIRMED]:
             try:
                 measured = run(probe, level)
+                cost = _cost(measured) if measured.complete else THRESHOLD_COST
+                if abs(cost - THRESHOLD_COST) > CLOSE * THRESHOLD_COST:
+                    again = run(probe, level * min(2.0, max(0.5, THRESHOLD_COST / max(cost, 1e-9))))
+                    measured = min((measured, again), key=lambda one: abs(_cost(one) - THRESHOLD_COST))
             except (Interrupted, KeyboardInterrupt):
                 return tuple(found), False
             if not measured.complete:
                 return tuple(found), False
             found.append(measured)
     return tuple(found), True
+
+
+def _cost(single: Measurements) -> float:
+    scores = SampleScores.of(single)
+    return float(scores.loss[0, 0].sum() / scores.loss_base.sum())
 
 
 def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[str, Any]]:
@@ -74,6 +93,7 @@ def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[st
         low, high = record["degradation_ci"]
         records[f"{probe.kind}s"][probe.key] = {
             "level": level,
+            "predicted_level": predicted_threshold(m, probe),
             "degradation": record["degradation"],
             "degradation_ci": [low, high],
             "kl": record["kl"],

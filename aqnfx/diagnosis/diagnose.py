@@ -79,7 +79,7 @@ def run(
     status: Any = None,
 ) -> Measurements:
     """Do the predicting and measuring part of :func:`diagnose` and return the raw scores."""
-    tell = status or (lambda _text: None)
+    tell, began, costs = status or (lambda _text: None), time.perf_counter(), {}
     if calibration is not None and options.method == "measure":
         raise InputError("calibration data is for activation statistics, which --method measure does not read; leave it out")
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
@@ -92,6 +92,7 @@ def run(
         if not together:
             tell("reading activations")
             captures = dataclasses.replace(capture_on(calibration, ready, options), gradients=captures.gradients)
+            costs["activations"] = {k: captures.provenance[k] for k in ("passes", "seconds")}
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
         candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
         probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
@@ -133,21 +134,36 @@ def run(
         return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
     if predictions is not None:
         found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+    started = time.perf_counter()
     try:
         traces = _weight_traces(ready, options, predictions, tell)
     except KeyboardInterrupt:
         return dataclasses.replace(found, complete=False)
+    if options.metric is not None:
+        costs["metric"] = {"seconds": time.perf_counter() - started}
     found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
     if options.method != "both":
-        return found
+        return _with_costs(found, costs, began)
+
+    runs = []
 
     def at(probe: Probe, level: float) -> Measurements:
         single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
-        return measure(noisy, engine, work, single, noise_kind=options.noise)
+        measured = measure(noisy, engine, work, single, noise_kind=options.noise)
+        runs.append(measured.provenance["runs"])
+        return measured
 
     tell("confirming thresholds")
+    started = time.perf_counter()
     confirmed, complete = confirm(found, at)
-    return dataclasses.replace(found, confirmed=confirmed, complete=complete)
+    costs["confirm"] = {"runs": sum(runs), "seconds": time.perf_counter() - started}
+    return _with_costs(dataclasses.replace(found, confirmed=confirmed, complete=complete), costs, began)
+
+
+def _with_costs(m: Measurements, costs: dict[str, Any], began: float) -> Measurements:
+    """Add what each phase beside the sweep took to the provenance, and the seconds of everything together."""
+    whole = {**costs, "total_seconds": time.perf_counter() - began}
+    return dataclasses.replace(m, provenance={**m.provenance, **whole})
 
 
 def _recorded_probes(

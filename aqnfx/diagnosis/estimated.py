@@ -125,14 +125,16 @@ def agreement(m: Measurements) -> dict[str, Any]:
 
     Spearman's rank correlation and the median of predicted / measured over all measured probes with a measurable cost, the
     share within 25 %, and the worst probe. ``second_order_fails`` says that the median over sites, operators or layers is
-    off by more than 25 %.
+    off by more than 25 % and by more than twice its probes' median standard error over samples; ``unsettled`` that one is
+    off by more than 25 %, but not by more than that.
     """
     if m.predictions is None or not m.probes:
         return {}
     total, found = float(m.tokens.sum()), {}
     for column, level in enumerate(m.levels):
-        measured = m.scores["kl"][:, column].mean(axis=1).sum(axis=-1) / total
-        predicted = np.array([m.predictions.kl(p.sites, level)[: m.samples].sum() for p in m.probes]) / total
+        scores = m.scores["kl"][:, column].mean(axis=1)
+        single = np.array([m.predictions.kl(p.sites, level)[: m.samples] for p in m.probes])
+        measured, predicted = scores.sum(axis=-1) / total, single.sum(axis=-1) / total
         good = np.isfinite(predicted) & (measured > 0) & (predicted > 0)
         if good.sum() < 2:
             continue
@@ -144,7 +146,10 @@ def agreement(m: Measurements) -> dict[str, Any]:
         # together may exceed their prediction: that is their amplification.
         medians = {k: float(np.median([r for p, r in zip(kept, ratio, strict=True) if p.kind == k])) for k in
                    dict.fromkeys(p.kind for p in kept)}  # fmt: skip
-        fails = [k for k in ("site", "operator", "layer") if abs(medians.get(k, 1.0) - 1.0) > FAR]
+        errors = _ratio_errors(single[good], scores[good])
+        noise = {k: float(np.median([e for p, e in zip(kept, errors, strict=True) if p.kind == k])) for k in medians}
+        off = {k: abs(ratio - 1.0) for k, ratio in medians.items() if k in ("site", "operator", "layer")}
+        fails = [k for k, far in off.items() if far > max(FAR, 2.0 * noise[k])]
         found[level_key(level)] = {
             "probes": int(good.sum()),
             "spearman": float(spearmanr(predicted[good], measured[good]).statistic) if good.sum() > 2 else None,
@@ -152,9 +157,21 @@ def agreement(m: Measurements) -> dict[str, Any]:
             "within_25_percent": float(np.mean(np.abs(ratio - 1.0) <= FAR)),
             "worst": _worst(kept[worst], float(ratio[worst]), float(measured[good][worst])),
             "median_ratio_by_kind": medians,
+            "standard_error_by_kind": noise,
             "second_order_fails": bool(fails),
+            "unsettled": not fails and any(far > FAR for far in off.values()),
         }
     return found
+
+
+def _ratio_errors(predicted: Array, measured: Array) -> Array:
+    """Return the standard error over samples (P,) of Σ predicted / Σ measured, both (P, n) and paired; infinite for one."""
+    n = predicted.shape[-1]
+    if n < 2:
+        return np.full(len(predicted), np.inf)
+    total = measured.sum(axis=-1, keepdims=True)
+    residuals = predicted - predicted.sum(axis=-1, keepdims=True) / total * measured
+    return np.asarray(np.sqrt(n / (n - 1) * np.square(residuals).sum(axis=-1)) / total[:, 0])
 
 
 def _worst(probe: Probe, ratio: float, measured: float) -> dict[str, Any]:

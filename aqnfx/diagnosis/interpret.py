@@ -117,8 +117,11 @@ def _sites(m: Measurements, est: Estimates, options: Options) -> list[dict[str, 
     records = []
     for site in sites:
         full = site.to_record()
-        measured = level_records(m, est, rows[site.id], options) if site.id in rows else {}
+        row = rows.get(site.id)
+        measured = {} if row is None or row in est.estimated else level_records(m, est, row, options)
         records.append({name: full[name] for name in kept} | {"predicted": predicted[site.id], "measured": measured})
+        if row in est.estimated:
+            records[-1]["estimated"] = level_records(m, est, row, options)
         if activations := activation_statistics(m, site.id):
             records[-1]["activations"] = activations
     return records

@@ -42,9 +42,8 @@ def site_predictions(m: Measurements, sites: Sequence[str], options: Options) ->
             for level in m.levels
         }
         if site in predictions.unreached:
-            records[site] = {
-                level_key(level): {"kl": None, "ci": [None, None], "why": "no path to the output"} for level in m.levels
-            }
+            nothing = {"kl": None, "ci": [None, None], "why": "no differentiable path to the output"}
+            records[site] = {level_key(level): nothing for level in m.levels}
     return records
 
 
@@ -102,20 +101,26 @@ def prediction_notes(m: Measurements) -> list[str]:
     """Say where the predictions do not hold, or cannot be made."""
     if m.predictions is None:
         return []
-    notes = []
+    notes = list(m.predictions.notes)
     if gone := m.predictions.unreached:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        notes.append(f"{gone[0]}{more} have no path to the output: nothing is predicted there.")
+        notes.append(f"{gone[0]}{more} have no differentiable path to the output: nothing is predicted there.")
     for level, found in agreement(m).items():
         if found["second_order_fails"]:
             notes.append(
-                f"At level {level} the median of predicted / measured KL is {_medians(found)}: the noise is too large for a "
-                "second-order prediction; read the measured values there."
+                f"At level {level} the median of predicted / measured KL is {_medians(found)}: second order does not hold "
+                "there, because the noise is too large or changes what the model chooses; read the measured values."
             )
-    estimates = len(set(m.planned) - set(m.probes))
+        elif found["unsettled"]:
+            notes.append(
+                f"At level {level} the median of predicted / measured KL is {_medians(found)}, which these samples cannot "
+                "tell from 1: raise --samples or --draws before relying on predictions."
+            )
+    estimates = set(m.planned) - set(m.probes)
     if estimates:
+        kinds = {p.kind: f"{p.kind}s" for p in m.planned if p.kind != "all"}
         notes.append(
-            f"{estimates} of {len(m.planned)} operators, layers and windows were predicted and not measured; their "
+            f"{len(estimates)} of {len(m.planned)} probes ({', '.join(kinds.values())}) were predicted and not measured; their "
             "degradation is read off a monotone curve through the measured ones and marked as an estimate."
         )
     return notes

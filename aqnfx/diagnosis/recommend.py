@@ -83,6 +83,11 @@ def nothing_distinguishable(smap: SensitivityMap) -> bool:
     return not any(entry.get("distinguishable") for entry in _all_entries(smap))
 
 
+def nothing_grouped(smap: SensitivityMap) -> bool:
+    """Say whether no operator, layer or window was probed at all, only single sites or all of them together."""
+    return not any(True for _ in _all_entries(smap))
+
+
 def _all_entries(smap: SensitivityMap) -> Iterable[dict[str, Any]]:
     for name in ("operators", "layers"):
         yield from smap.ranking.get(name, [])
@@ -152,7 +157,8 @@ def _window(window: dict[str, Any]) -> Recommendation | None:
     ratio, (low, high) = window["amplification"], window.get("amplification_ci") or (None, None)
     if ratio is not None and low is not None and high is not None:
         whole = "their prediction" if window.get("predicted_from") == ONE_PASS else "the sum of the single layers"
-        above = window.get("superadditive")
+        # With predictions the test over all windows decides; the interval of one ratio alone does not.
+        above = window.get("avalanche") if "excess_p_holm" in window else window.get("superadditive")
         verdict = "more than independent small errors" if above else "not shown to exceed independent small errors"
         reason += f"; {ratio:.2f} times {whole} ({low:.2f} to {high:.2f}): {verdict}"
     return Recommendation(
@@ -174,7 +180,11 @@ def _measure_more(smap: SensitivityMap) -> list[Recommendation]:
     if smap.partial:
         asked = smap.task.get("samples_requested", "?")
         found.append(f"the run stopped after {smap.samples} of {asked} samples: finish it")
-    if nothing_distinguishable(smap):
+    if nothing_grouped(smap):
+        found.append(
+            "only single sites or all of them were probed: add --probes operator,layer,window for advice on groups"
+        )
+    elif nothing_distinguishable(smap):
         found.append(
             f"nothing is distinguishable from no effect at level {smap.base_level:g} with {smap.samples} samples and "
             f"{len(smap.seeds)} seeds: raise --samples to {max(4 * smap.samples, 64)} (halves the intervals), use more "

@@ -188,6 +188,7 @@ class _Agreement(_Part):
     within_25_percent: float = Field(ge=0, le=1)
     worst: dict[str, Any]
     second_order_fails: bool
+    unsettled: bool = False
 
 
 class _Channels(_Part):

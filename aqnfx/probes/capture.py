@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,8 @@ class Captures:
         with ratio None, class "undefined" and a ``note``. Raises :class:`InputError` for a threshold that is not
         positive.
         """
-        if not threshold > 0:
-            raise InputError(f"outlier threshold {threshold} must be positive; 10 is usual")
+        if not isinstance(threshold, numbers.Real) or not float(threshold) > 0:
+            raise InputError(f"outlier threshold {threshold!r} must be a positive number; 10 is usual")
         magnitude = self.channel_magnitude(site)
         median = float(np.median(magnitude))
         order = [int(c) for c in np.argsort(-magnitude, kind="stable") if magnitude[c] > 0]

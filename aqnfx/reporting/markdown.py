@@ -41,7 +41,7 @@ def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
         _recommendations(report),
         _method(smap),
         _pairs("Provenance", flatten({"model": report["model"]} | report["provenance"])),
-        _pairs("Cost", flatten(report["cost"])),
+        _cost(report["cost"]),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
@@ -78,7 +78,7 @@ def _operators(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     body = [
         (
             row["rank"], row["key"], percent(row["degradation"]), percent_range(row["degradation_ci"]),
-            nats(row["kl"]), nats_range(row["kl_ci"]), factor(row["score"]), row["class"],
+            nats(row["kl"]), nats_range(row["kl_ci"]), factor(row["score"]), _class(row),
             _evidence(row), _threshold(smap, limits.get(row["key"])), _tie(row),
         )
         for row in rows
@@ -103,7 +103,7 @@ def _layers(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         cells = [_cell(entry["levels"].get(level)) for level in keys]
         row = ranks.get(key, {})
         limit = _threshold(smap, limits.get(key))
-        body.append((key, *cells, row.get("rank", MISSING), row.get("class", MISSING), limit, _tie(row)))
+        body.append((key, *cells, row.get("rank", MISSING), _class(row), limit, _tie(row)))
     header = ("Layer", *(f"Level {level}" for level in keys), "Rank", "Class", "Level for 10 %", "Against the next")
     estimated = "; (est.) predicted, not measured" if smap.method != "measure" else ""
     caption = (
@@ -121,6 +121,11 @@ def _cell(values: dict[str, Any] | None) -> str:
     spread = "" if half is None else f" ± {percent(half).removesuffix(' %')}"
     mark = " (est.)" if values.get("estimated") else "" if values["distinguishable"] else "*"
     return f"{percent(values['degradation']).removesuffix(' %')}{spread} %{mark}, {nats(values['kl'])}"
+
+
+def _class(row: dict[str, Any]) -> str:
+    name = str(row.get("class", MISSING))
+    return f"{name} (est.)" if row.get("estimated") else name
 
 
 def _evidence(row: dict[str, Any]) -> str:
@@ -147,11 +152,11 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     body = [
         (
             window_name(window["layers"]), percent(window.get("degradation")) + (" (est.)" if window.get("estimated") else ""),
-            percent_range(window.get("degradation_ci")), window.get("class", MISSING),
+            percent_range(window.get("degradation_ci")), _loss_class(window),
             nats(window["measured"]) if not window.get("estimated") else "not measured",
             nats_range(window.get("ci")) if not window.get("estimated") else MISSING, nats(window["predicted"]),
             factor(window["amplification"]), factor_range(window.get("amplification_ci")),
-            "yes" if window.get("superadditive") else "no", "yes" if window.get("avalanche") else "no",
+            "yes" if window.get("superadditive") else "no", _avalanche(window),
         )
         for window in report["windows"]
     ]  # fmt: skip
@@ -164,6 +169,17 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     )  # fmt: skip
     title = f"## Windows at level {smap.base_level:g}"
     return [title, "", md(found), "", *table(header, body, right=(1, 4, 6, 7))]
+
+
+def _loss_class(window: dict[str, Any]) -> str:
+    """Return the class of a window's degradation; the word avalanche is kept for what exceeds its prediction."""
+    name = {"avalanche": "very high"}.get(str(window.get("class", MISSING)), str(window.get("class", MISSING)))
+    return f"{name} (est.)" if window.get("estimated") else name
+
+
+def _avalanche(window: dict[str, Any]) -> str:
+    p = window.get("excess_p_holm")
+    return ("yes" if window.get("avalanche") else "no") + ("" if p is None else f" (p {p:.2g})")
 
 
 def _recommendations(report: dict[str, Any]) -> list[str]:
@@ -197,12 +213,48 @@ def _method(smap: SensitivityMap) -> list[str]:
 def _prediction(smap: SensitivityMap) -> str:
     if smap.method == "measure":
         return "The prediction for a window is the sum of its layers measured alone."
+    cost = {
+        "absolute_gaussian": "the sum of gradient squared",
+        "rms_gaussian": "the sum of (gradient x rms) squared",
+        "bias": "the square of the sum of gradient x |value|",
+    }.get(str(smap.noise["kind"]), "the sum of (gradient x value) squared")
     return (
-        "Predictions are second order: half the level squared times the sum of (gradient x value) squared, with the "
-        "gradients of random projections of the logits whose covariance is the Fisher matrix of the output. A window is an "
-        "avalanche point when its measured KL exceeds its prediction by more than the interval of their ratio. Intervals "
-        "of estimated degradations carry the prediction's uncertainty, not that of the curve they are read off."
+        f"Predictions are second order: half the level squared times {cost}, with the gradients of random projections of "
+        "the logits whose covariance is the Fisher matrix of the output. A window is an avalanche point when its measured "
+        "KL exceeds its prediction by more than the interval of their ratio and, after Holm over all measured windows, by "
+        "more than chance. The degradation of what was not measured is read off a curve through what was; its interval "
+        "holds the prediction's uncertainty and the curve's."
     )
+
+
+def _cost(cost: dict[str, Any]) -> list[str]:
+    """Return a table with a row per phase; what was not counted is left open."""
+    if not cost:
+        return []
+    phases = {
+        "prediction": cost.get("predict", {}), "activations": cost.get("activations", {}),
+        "weight metric": cost.get("metric", {}), "thresholds": cost.get("confirm", {}),
+        "measurement": {k: cost.get(k) for k in ("runs", "seconds", "peak_memory_mib")},
+        "everything, with loading and tracing": {"seconds": cost.get("total_seconds")},
+    }  # fmt: skip
+    rows = [
+        (
+            name, _number(phase.get("runs", phase.get("passes")), 0), _number(phase.get("backward_passes"), 0),
+            _number(phase.get("seconds"), 1), _number(phase.get("peak_memory_mib"), 0),
+        )
+        for name, phase in phases.items()
+        if any(value is not None for value in phase.values())
+    ]  # fmt: skip
+    header = ("Phase", "Forward passes", "Backward passes", "Seconds", "Peak memory by then, MiB")
+    where = "of the whole process, of PyTorch's allocator on CUDA; it only grows"
+    return [
+        "## Cost", "", *table(header, rows, right=(1, 2, 3, 4)), "",
+        md(f"Compiled: {cost.get('compile', MISSING)}. Memory is that {where}."),
+    ]  # fmt: skip
+
+
+def _number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> list[str]:

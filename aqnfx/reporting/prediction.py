@@ -36,10 +36,13 @@ def prediction_record(smap: SensitivityMap) -> dict[str, Any]:
 
 
 def _channel_rows(smap: SensitivityMap) -> list[dict[str, Any]]:
+    """Return the channels of the highest predicted cost; those of the head are tokens, and stand in the map alone."""
+    head = {site["id"] for site in smap.per_site if site["region"] == "head"}
     rows = [
         {"site": site, "channel": c, "kl": kl, "ci": [low, high], "channels": entry["channels"]}
         for site, entry in smap.channels.items()
         for c, kl, low, high in entry.get("top", ())
+        if site not in head and kl is not None
     ]
     return sorted(rows, key=lambda row: -float(row["kl"]))[:TOP_CHANNEL_SITES]
 
@@ -69,8 +72,8 @@ def agreement_sentence(smap: SensitivityMap) -> str | None:
     worst = found["worst"]
     return (
         f"Predictions were checked on {found['probes']} measured probes: {rank}median predicted / measured KL "
-        f"{factor(found['median_ratio'])}, {percent(found['within_25_percent'])} within 25 %; worst {worst['kind']} "
-        f"{worst['key']} ({factor(worst['ratio'])})."
+        f"{factor(found['median_ratio'])}, {percent(found['within_25_percent'])} within 25 %; worst {_named(worst)} "
+        f"({factor(worst['ratio'])})."
     )
 
 
@@ -122,7 +125,8 @@ def _thresholds(report: dict[str, Any], table: Table) -> list[str]:
     confirmed = report["critical_threshold"].get("confirmed", {})
     rows = [
         (
-            f"{one} {key}", f"{r['level']:.3g}", percent(r["degradation"]), percent_range(r["degradation_ci"]),
+            f"{one} {key}", MISSING if r.get("predicted_level") is None else f"{r['predicted_level']:.3g}",
+            f"{r['level']:.3g}", percent(r["degradation"]), percent_range(r["degradation_ci"]),
             "yes" if r["holds"] else "no",
         )
         for one, name in (("operator", "operators"), ("layer", "layers"))
@@ -130,8 +134,10 @@ def _thresholds(report: dict[str, Any], table: Table) -> list[str]:
     ]  # fmt: skip
     if not rows:
         return []
-    header = ("What", "Predicted level for 10 %", "Measured there", "Interval", "Contains 10 %")
-    return ["", "### Critical thresholds, predicted and then measured", "", *table(header, rows, right=(1, 2))]
+    header = ("What", "Predicted level for 10 %", "Level measured at", "Degradation there", "Interval", "Contains 10 %")
+    lines = ["", "### Critical thresholds, predicted and then measured", "", *table(header, rows, right=(1, 2, 3))]
+    note = "Where the measurement at the predicted level missed 10 %, the level was moved once, and the closer one stands here."
+    return [*lines, "", note]
 
 
 def weight_section(report: dict[str, Any], table: Table) -> list[str]:
@@ -149,13 +155,17 @@ def weight_section(report: dict[str, Any], table: Table) -> list[str]:
     return [*lines, "", *table(header, rows, right=(1, 2, 3, 4)), *(["", f"{more} more are in the map."] if more > 0 else [])]
 
 
+def _named(worst: dict[str, Any]) -> str:
+    return "all sites together" if worst["kind"] == "all" else f"{worst['kind']} {worst['key']}"
+
+
 def _agreement_row(level: str, found: dict[str, Any]) -> Sequence[Any]:
     rank = MISSING if found["spearman"] is None else f"{found['spearman']:.3f}"
     worst = found["worst"]
-    verdict = "fails: noise too large" if found["second_order_fails"] else "holds"
+    verdict = "fails" if found["second_order_fails"] else "not settled" if found.get("unsettled") else "holds"
     return (
         level, found["probes"], rank, factor(found["median_ratio"]), percent(found["within_25_percent"]),
-        f"{worst['kind']} {worst['key']}", factor(worst["ratio"]), verdict,
+        _named(worst), factor(worst["ratio"]), verdict,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aqnfx.diagnosis.recommend import nothing_distinguishable
+from aqnfx.diagnosis.recommend import nothing_distinguishable, nothing_grouped
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.reporting.prediction import agreement_sentence, estimates_sentence
 from aqnfx.reporting.text import factor, factor_range, names, nats, nats_range, percent, percent_range, window_name
@@ -26,6 +26,8 @@ def summary_sentences(smap: SensitivityMap) -> list[str]:
     if smap.partial:
         asked = smap.task.get("samples_requested", "?")
         sentences.append(f"The run was interrupted: {smap.samples} of {asked} samples were finished.")
+    if nothing_grouped(smap):
+        return [*sentences, *_sites(smap), *(s for s in (agreement_sentence(smap),) if s is not None)]
     if nothing_distinguishable(smap):
         sentences.append(_nothing(smap))
         worst = [_entry_text(rows[0]) for rows in smap.ranking.values() if rows]
@@ -42,7 +44,10 @@ def summary_sentences(smap: SensitivityMap) -> list[str]:
 def _what_was_done(smap: SensitivityMap) -> str:
     how = "predicted, and in part measured," if smap.method != "measure" else "perturbed"
     parts = [(len(smap.per_operator), "operator kind"), (len(smap.per_layer), "layer"), (len(smap.windows), "window")]
-    probed = names([_plural(count, word) for count, word in parts if count]) or "no group of sites"
+    probed = names([_plural(count, word) for count, word in parts if count])
+    if not probed:
+        single = sum(bool(site["measured"] or site.get("estimated")) for site in smap.per_site)
+        probed = _plural(single, "single site") if single else "all sites together"
     levels = ", ".join(f"{level:g}" for level in smap.levels)
     return (
         f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on "
@@ -50,6 +55,20 @@ def _what_was_done(smap: SensitivityMap) -> str:
         f"{_plural(len(smap.seeds), 'seed')}; ranges are {confidence_text(smap)} intervals at level "
         f"{smap.base_level:g}."
     )
+
+
+def _sites(smap: SensitivityMap) -> list[str]:
+    """Name the measured single site with the largest KL."""
+    known = [s for s in smap.per_site if s["measured"].get(smap.base_key, {}).get("kl") is not None]
+    if not known:
+        return []
+    worst = max(known, key=lambda site: float(site["measured"][smap.base_key]["kl"]))
+    record = worst["measured"][smap.base_key]
+    shown = "" if record["distinguishable"] else ", not distinguishable from no effect"
+    return [
+        f"Of {_plural(len(known), 'measured site')} the most sensitive is {worst['id']}: KL {nats(record['kl'])} nats/token "
+        f"({nats_range(record['ci'])}), degradation {percent(record['degradation'])}{shown}."
+    ]
 
 
 def _nothing(smap: SensitivityMap) -> str:

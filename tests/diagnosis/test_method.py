@@ -115,7 +115,7 @@ def test_wrong_predictions_are_seen(both: Measurements) -> None:
     wrong = dataclasses.replace(both.predictions, costs=both.predictions.costs * 2.0)
     broken = interpret(dataclasses.replace(both, predictions=wrong))
     assert broken.agreement["0.1"]["second_order_fails"]
-    assert any("too large for a second-order prediction" in note for note in broken.notes)
+    assert any("second order does not hold" in note for note in broken.notes)
     base = dataclasses.replace(broken, agreement={"0.3": broken.agreement["0.1"]})
     (last,) = (item for item in recommend(base) if item.priority == 4)
     estimated = [row["key"] for row in base.ranking["layers"] if row["estimated"]]
@@ -142,10 +142,12 @@ def test_thresholds_are_measured_where_they_were_predicted(both: Measurements, s
     confirmed = smap.critical_threshold["confirmed"]
     for single in both.confirmed:
         probe, level = single.probes[0], single.levels[0]
-        assert level == predicted_threshold(both, probe)
+        expected = predicted_threshold(both, probe)
+        assert expected is not None
+        assert 0.5 * expected <= level <= 2.0 * expected  # moved once at most
         record = confirmed[f"{probe.kind}s"][probe.key]
-        assert record["level"] == level
-        assert record["degradation"] == pytest.approx(0.1, abs=0.1)
+        assert (record["level"], record["predicted_level"]) == (level, expected)
+        assert record["degradation"] == pytest.approx(0.1, abs=0.05)
     assert both.confirmed
 
 
@@ -202,6 +204,31 @@ def test_without_predictions_nothing_is_estimated(directory: Path) -> None:
     assert found.method == "measure"
     assert found.agreement == {} == found.channels
     assert all(s["predicted"] == {} for s in found.per_site)
+
+
+def test_estimated_sites_are_not_called_measured(directory: Path, tmp_path: Path) -> None:
+    found = run(directory, TEXT, Options(**QUICK | {"method": "predict", "probes": ("site",)}))
+    smap = interpret(found)
+    measured = {p.key for p in found.probes}
+    assert {s["id"] for s in smap.per_site if s["measured"]} == measured
+    assert len([s for s in smap.per_site if s.get("estimated")]) == len(smap.per_site) - len(measured) > 10
+    text = save_report(smap, tmp_path)["markdown"].read_text(encoding="utf-8")
+    assert "not measured" in text
+    assert "Nothing was found" not in text
+    assert "the most sensitive is" in text
+    assert "single sites" in text
+
+
+def test_few_noisy_samples_settle_nothing(both: Measurements) -> None:
+    """Predictions that are off by less than their own noise are not said to fail."""
+    import dataclasses
+
+    assert both.predictions is not None
+    noisy = both.predictions.costs * np.resize([3.0, 0.2], both.samples)
+    found = agreement(dataclasses.replace(both, predictions=dataclasses.replace(both.predictions, costs=noisy)))
+    assert abs(found["0.1"]["median_ratio"] - 1.0) > 0.25
+    assert not found["0.1"]["second_order_fails"]
+    assert found["0.1"]["unsettled"]
 
 
 def test_predict_measures_little_and_still_checks(directory: Path) -> None:

@@ -84,7 +84,7 @@ def test_tables(smap: SensitivityMap, text: str) -> None:
     assert "| model.digest | sha256:ab12 |" in text
     assert "| pipeline | tag-layers" in text
     assert "| noise.seeds | 0, 1 |" in text
-    assert "| seconds | 12.5 |" in text
+    assert "| measurement | 54 | n/a | 12.5 | n/a |" in text
 
 
 def test_recommendations_are_numbered_by_priority(text: str) -> None:
