@@ -176,6 +176,8 @@ def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
         notes.append(
             f"Partial run: {m.samples} of {m.samples_requested} samples were finished; every number rests on those."
         )
+    if m.errors:
+        notes.append(f"{len(m.errors)} runs failed and are missing; the first: {m.errors[0]}.")
     if m.task == "exact_match" and scores.degradation_metric != "exact_match":
         notes.append("The clean model solves no sample: degradation is 1 - top-1 agreement instead of lost accuracy.")
     if m.samples < 20:

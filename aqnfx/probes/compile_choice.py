@@ -13,7 +13,7 @@ from aqnfx.graph.program import Program
 from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import eager_forward
-from aqnfx.probes.measure import Sweep
+from aqnfx.probes.work import Sweep
 
 # Measured on two cores: Inductor takes about 15 ms per graph node and gives back about a quarter of the run time;
 # the noise kernel alone compiles in about 20 s and is about ten times as fast as its operations one by one.

@@ -12,14 +12,15 @@ from types import TracebackType
 from typing import Any
 
 from aqnfx.errors import ArtifactError, InputError
+from aqnfx.probes.work import Item, Scores
 
 SCHEMA = "aqnfx.journal/1"
-Item = tuple[int, int, int, int]  # batch, probe, level, seed
-Scores = dict[str, list[float]]
 
 
 class Journal:
     """Finished work items of one run, appended to ``path`` as they come; ``identity`` says which run it is.
+
+    ``items`` holds the scores of what succeeded; items that failed are written down too, and are to be done again.
 
     An existing file is read and continued; its torn last line (a kill in the middle of a write) is cut off. Raises
     :class:`ArtifactError` when the file is not a journal, is damaged before its end, or belongs to another run (the
@@ -31,15 +32,21 @@ class Journal:
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.items: dict[Item, Scores] = {}
+        self.failed: dict[Item, str] = {}
         try:
             fresh = not path.exists() or not path.stat().st_size or _torn_header(path)
             keep = 0 if fresh else self._read(identity)
             # Unbuffered: what a failed write leaves in a buffer would be written again when the file is closed.
-            self._file = path.open("wb" if fresh else "r+b", buffering=0)
-            if not fresh:
+            self._file = path.open("ab" if fresh else "r+b", buffering=0)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        try:
+            self._lock()
+            if path.stat().st_size:
                 self._file.truncate(keep)
                 self._file.seek(keep)
         except OSError as error:
+            self._file.close()
             raise self._cannot_write(error) from error
         if fresh:
             try:
@@ -65,14 +72,38 @@ class Journal:
                 _same_run(self.path, record, wanted)
             else:
                 batch, probe, level, seed = record["item"]
-                self.items[batch, probe, level, seed] = record["scores"]
+                if "error" in record:
+                    self.failed[batch, probe, level, seed] = str(record["error"])
+                else:
+                    self.items[batch, probe, level, seed] = record["scores"]
+                    self.failed.pop((batch, probe, level, seed), None)
             keep += len(line)
         return keep
 
-    def add(self, item: Item, scores: Scores) -> None:
-        """Append a finished item; it is on disk when this returns. Raises :class:`InputError` when it cannot be written."""
+    def _lock(self) -> None:
+        """Take the file for this process until it is closed, where the platform has locks of files."""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise InputError(f"journal {self.path} is in use by another run; wait for it, or choose another --out") from error
+
+    def add(self, item: Item, scores: Scores | None, error: str | None = None) -> None:
+        """Append an item, with its scores or the error that it ended in; it is on disk when this returns.
+
+        Raises :class:`InputError` when it cannot be written.
+        """
+        if scores is None:
+            self._append({"item": list(item), "error": error or "failed"})
+            self.failed[item] = error or "failed"
+            return
         self._append({"item": list(item), "scores": scores})
         self.items[item] = scores
+        self.failed.pop(item, None)
 
     def _append(self, record: dict[str, Any]) -> None:
         body = json.dumps(record, separators=(",", ":"))

@@ -36,13 +36,14 @@ class Measurements:
     """Scores of ``P`` probes × ``L`` levels × ``K`` seeds over ``n`` samples, paired with the clean run.
 
     ``tokens`` (n,) int64: scored positions per sample. ``clean["nll"]`` (n,): summed negative log-likelihood in nats;
-    ``clean["exact_match"]`` (n,): 0 or 1, present only where the data has answers. ``scores[metric]`` has shape
-    (P, L, K, n): ``"kl"`` and ``"nll"`` are sums over the sample's scored positions in nats, ``"top1"`` is the number
-    of positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
+    ``clean["exact_match"]`` (n,): 0 or 1, present only where the data has answers. ``scores[metric]`` has shape (P,
+    L, K, n): ``"kl"`` and ``"nll"`` are sums over the sample's scored positions in nats, ``"top1"`` is the number of
+    positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
     of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
-    ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of which
-    only some were measured, and ``confirmed`` a measurement of one probe at one level each: at its predicted critical
-    threshold. ``captures`` holds activation statistics, ``weights`` the classical metric ``weight_metric`` of every parameter.
+    ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of
+    which only some were measured, and ``confirmed`` a measurement of one probe at one level each: at its predicted
+    critical threshold. Runs that failed have NaN scores and a line in ``errors``. ``captures`` holds activation
+    statistics, ``weights`` the classical metric ``weight_metric`` of every parameter.
     """
 
     probes: tuple[Probe, ...]
@@ -64,6 +65,7 @@ class Measurements:
     confirmed: tuple[Measurements, ...] = ()
     weight_metric: str | None = None
     weights: tuple[WeightTrace, ...] = ()
+    errors: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:

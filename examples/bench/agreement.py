@@ -78,6 +78,8 @@ class Setting:
 # The embedded model is so sure of most tokens that a few of them hold most of the KL, and two seeds do not agree with each
 # other: it has more seeds, and in exchange a third of its sites.
 EMBEDDED_SETTING = Setting(seeds=8, sites=50)
+# Two seeds rank the sites of the small mixture of experts with a Spearman correlation of 0.97 between each other only.
+ROUTED_SETTING = Setting(seeds=8, beyond=(0.3,))
 QUICK = Setting(
     samples=4, length=48, levels=(0.05,), beyond=(0.5,), draws=2, seeds=1, sites=6, channel_sites=1, channels=3,
     channel_seeds=1, compiled=False,
@@ -370,7 +372,8 @@ def main() -> None:
         module, loss = train(kind, training)
         facts = {"loss": loss, "training_s": time.perf_counter() - started}
         print(f"{kind}: trained for {facts['training_s']:.0f} s, loss {loss:.3f} nats per character")
-        add(kind, Subject.of(module, problem_texts(), setting, tokenizer=load_tokenizer(EMBEDDED)), **facts)
+        chosen = ROUTED_SETTING if kind == "mixtral" and not arguments.quick else setting
+        add(kind, Subject.of(module, problem_texts(), chosen, tokenizer=load_tokenizer(EMBEDDED)), **facts)
     print("all models and levels together, but models with free routing:")
     show_sizes(sizes(found))
 

@@ -163,6 +163,30 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is absent on this system")
+def test_a_journal_has_one_writer(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        journal.add(*next(iter(ITEMS.items())))
+        before = (tmp_path / "j").read_bytes()
+        with pytest.raises(InputError, match="in use by another run; wait for it, or choose another --out"):
+            Journal(tmp_path / "j", IDENTITY)
+        assert (tmp_path / "j").read_bytes() == before
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        assert len(journal.items) == 1
+
+
+def test_failures_are_kept_until_they_succeed(tmp_path: Path) -> None:
+    item, scores = next(iter(ITEMS.items()))
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        journal.add(item, None, "out of memory")
+        assert journal.items == {}
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        assert journal.failed == {item: "out of memory"}
+        journal.add(item, scores)
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        assert journal.failed == {}
+        assert journal.items == {item: scores}
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "j").symlink_to("/dev/full")
     with pytest.raises(InputError, match="No space left"):
