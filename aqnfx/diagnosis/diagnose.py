@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
 from aqnfx.diagnosis.confirm import confirm
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, Prepared, capture_on, plan, prepare
+from aqnfx.diagnosis.prepare import Data, Prepared, Recipe, capture_on, instrument, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
@@ -29,12 +30,13 @@ from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
 from aqnfx.probes.data import data_digest
+from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
-from aqnfx.probes.replay import BlockReplay
+from aqnfx.probes.ray_executor import RayExecutor
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
 
@@ -105,29 +107,20 @@ def run(
         compiled = earlier
     else:
         compiled = what_to_compile(ready.program, sweep, work, options.compile)
-    if compiled == "blocks":
-        work = ready.batches(options, ready.longest)
-    kernel = str(compiled != "none").lower()
-    insert = Pipeline.parse(
-        f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
-    )
-    noisy = insert(ready.program)
+    noisy, engine, work = instrument(ready, options, sweep, compiled)
+    recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
-    engine = BlockReplay(
-        noisy, starts=[p.sites for p in probes], memory=options.replay_bytes, compiled=compiled == "blocks"
-    )
     identity = _identity(noisy, ready, sweep, options) | {"compile": compiled}
     facts = _facts(noisy, ready, data, identity, options)
     if predictions is not None:
         facts["predict"] = dict(predictions.provenance)
-    keep = Journal(Path(journal), identity) if journal is not None else None
-    try:
+    with contextlib.ExitStack() as stack:
+        keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
+        elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
-            noisy, engine, work, sweep, journal=keep, progress=progress, noise_kind=options.noise, provenance=facts
-        )
-    finally:
-        if keep is not None:
-            keep.close()
+            noisy, engine, work, sweep, journal=keep, executor=elsewhere, progress=progress, noise_kind=options.noise,
+            provenance=facts,
+        )  # fmt: skip
     found = found if ready.causal else _without_nll(found)
     found = dataclasses.replace(found, captures=captures)
     if not found.complete:
@@ -164,6 +157,24 @@ def _with_costs(m: Measurements, costs: dict[str, Any], began: float) -> Measure
     """Add what each phase beside the sweep took to the provenance, and the seconds of everything together."""
     whole = {**costs, "total_seconds": time.perf_counter() - began}
     return dataclasses.replace(m, provenance={**m.provenance, **whole})
+
+
+@contextlib.contextmanager
+def executor_for(recipe: Recipe, program: Program, options: Options) -> Iterator[Executor]:
+    """Yield the executor that the options name: a thread per accelerator of this machine, or a Ray cluster."""
+    if options.executor == "devices":
+        names = accelerators()
+        if not names:
+            raise InputError("executor devices was asked, and this machine has no accelerator; leave the option out")
+        yield Threads([recipe(name) for name in names[: options.workers or len(names)]])
+        return
+    identity = f"{program.original} {program.pipeline}"
+    gpu = torch.device(options.device).type != "cpu"
+    cluster = RayExecutor(recipe, identity=identity, address=options.executor, workers=options.workers, gpu=gpu)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
 
 
 def _recorded_probes(

@@ -19,6 +19,7 @@ from aqnfx.probes.traces import METRICS
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_WINDOW = 3
+EXECUTORS = ("process", "devices", "ray")
 METHODS = ("predict", "measure", "both")
 
 
@@ -36,8 +37,10 @@ class Options:
     the top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps
     only block boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or
     "hessian-trace". Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported
-    as outliers. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and
-    :class:`SelectorError` for values that cannot be meant.
+    as outliers. ``executor`` is where the measuring is done: "process", "devices" (a copy of the model on every
+    accelerator of this machine), "ray" or "ray://HOST:PORT" (``workers`` of a Ray cluster, default all). ``probes``
+    are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for
+    values that cannot be meant.
     """
 
     levels: tuple[float, ...] = DEFAULT_LEVELS
@@ -64,11 +67,13 @@ class Options:
     text_field: str | None = None
     pack: bool = True
     device: str = "cpu"
+    executor: str = "process"
+    workers: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws"):
+        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws", "workers"):
             value = getattr(self, name)
-            if value is None and name in ("window", "max_length"):
+            if value is None and name in ("window", "max_length", "workers"):
                 continue
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise InputError(f"{name} must be a whole number, found {value!r}")
@@ -77,6 +82,10 @@ class Options:
         if not isinstance(self.seed, numbers.Integral):
             raise InputError(f"seed must be a whole number, found {self.seed!r}")
         _one_of("compile", self.compile, ("auto", "yes", "no"))
+        if self.executor not in EXECUTORS and not str(self.executor).startswith("ray://"):
+            raise InputError(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}, ray://HOST:PORT")
+        if self.workers is not None and self.executor == "process":
+            raise InputError(f"workers {self.workers} needs executor devices or ray; this process is one worker")
         byte_count("replay_memory", self.replay_memory)
         _one_of("method", self.method, METHODS)
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])

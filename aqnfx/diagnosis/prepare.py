@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,8 +24,10 @@ from aqnfx.probes.data import Batch, Encoded, make_batches
 from aqnfx.probes.forward import eager_forward, is_causal
 from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.samples import load_samples, load_tokenizer
 from aqnfx.probes.tasks import accuracy_like
+from aqnfx.probes.work import Sweep, Worker
 
 Data = str | Path | Sequence[str | Mapping[str, str]]
 
@@ -68,8 +72,7 @@ def prepare(
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
     tell("tracing")
     longest = max(len(e.input_ids) for e in encoded)
-    program = model if isinstance(model, Program) else _trace(model, longest)
-    tagged = Pipeline.parse(f'tag-layers,decompose-attention{{where="{options.where}"}},tag-ops')(program)
+    tagged = tag(model if isinstance(model, Program) else _trace(model, longest), options)
     probes, more = plan(tagged, options)
     fixed = _fixed_length(tagged)
     tell("preparing")
@@ -86,6 +89,64 @@ def prepare(
         fixed=longest if fixed is not None else None, pad=pad,
         tokenizer=tokenizer, notes=(*tagged.notes, *notes, *more),
     )  # fmt: skip
+
+
+def tag(program: Program, options: Options) -> Program:
+    """Return the program with layers and operations tagged, attention taken apart where a selected site lies inside."""
+    return Pipeline.parse(f'tag-layers,decompose-attention{{where="{options.where}"}},tag-ops')(program)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a worker for a sweep is made, in this process or another: picklable where ``source`` is.
+
+    ``source`` is a directory, a name or a module; ``ready`` what :func:`prepare` made here, of which the samples are used.
+    """
+
+    source: nn.Module | str
+    ready: Prepared
+    options: Options
+    sweep: Sweep
+    compiled: str
+
+    @classmethod
+    def of(
+        cls, source: nn.Module | Program | str | Path, ready: Prepared, options: Options, sweep: Sweep, compiled: str
+    ) -> Recipe:
+        """Make a recipe; raises :class:`InputError` for a Program, which cannot travel."""
+        if isinstance(source, Program):
+            raise InputError(
+                f"executor {options.executor} makes the model anew for every worker, which needs its directory or module; "
+                "a Program was given"
+            )
+        named = str(source) if isinstance(source, (str, Path)) else source
+        bare = dataclasses.replace(ready, program=cast(Any, None), tokenizer=None)
+        return cls(source=named, ready=bare, options=options, sweep=sweep, compiled=compiled)
+
+    def __call__(self, device: str | None = None) -> Worker:
+        """Load, trace and instrument the model on ``device`` (default: that of the options) and return its worker."""
+        options = self.options if device is None else dataclasses.replace(self.options, device=device)
+        model = load_model(self.source, device=options.device) if isinstance(self.source, str) else self.source
+        if not isinstance(self.source, str):
+            model = copy.deepcopy(model).to(options.device)
+        program = tag(_trace(model, self.ready.longest), options)
+        ready = dataclasses.replace(self.ready, program=program)
+        noisy, engine, batches = instrument(ready, options, self.sweep, self.compiled)
+        return Worker(noisy, engine, batches, self.sweep)
+
+
+def instrument(
+    ready: Prepared, options: Options, sweep: Sweep, compiled: str
+) -> tuple[Program, BlockReplay, list[Batch]]:
+    """Return the program with noise nodes, the engine that runs it, and the batches in the shape that this needs."""
+    kernel = str(compiled != "none").lower()
+    insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
+    noisy = Pipeline.parse(insert)(ready.program)
+    blocks = compiled == "blocks"
+    engine = BlockReplay(
+        noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, compiled=blocks
+    )
+    return noisy, engine, ready.batches(options, ready.longest if blocks else None)
 
 
 def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import torch
+
 from aqnfx.errors import InputError
 from aqnfx.probes.work import Item, Outcome, Worker
 
@@ -19,6 +21,12 @@ class Executor(Protocol):
 
     def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
         """Yield the outcomes; closing the iterator ends the work."""
+
+
+def accelerators() -> tuple[str, ...]:
+    """Return the accelerators of this machine, by the names that PyTorch gives them."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return () if kind is None else tuple(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))
 
 
 class InProcess:

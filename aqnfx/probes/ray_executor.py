@@ -1,0 +1,142 @@
+"""The Ray executor: units of a sweep on the workers of a Ray cluster (``pip install aqnfx[ray]``)."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from aqnfx.errors import AqnfxError, InputError, ProbeError
+from aqnfx.probes.executors import Unit
+from aqnfx.probes.work import Outcome, Worker
+
+LOST = 3
+"""How many times as many workers as there are may be lost before the run gives up."""
+_LOCAL = "ray"
+
+
+class _Actor:
+    """Holds one worker: its model is made once, by ``build``."""
+
+    def __init__(self, build: Callable[[], Worker], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._worker = build()
+
+    def identity(self) -> str:
+        """Return the graph that this worker runs, with its passes."""
+        return f"{self._worker.program.original} {self._worker.program.pipeline}"
+
+    def run(self, unit: Unit) -> list[Outcome]:
+        """Run one unit."""
+        return list(self._worker.run(unit))
+
+
+class RayExecutor:
+    """Runs units on ``workers`` Ray actors, each with a worker made by ``build``, which must be picklable.
+
+    ``address`` is "ray" (a cluster of this machine, started here) or "ray://HOST:PORT" or what else Ray takes. A unit
+    whose worker dies is run by another one, and the worker is replaced. ``identity`` is what every worker's graph must be.
+    Raises :class:`InputError` without Ray or without the cluster, :class:`ProbeError` when a worker has another graph or
+    too many die.
+    """
+
+    def __init__(
+        self, build: Callable[[], Worker], *, identity: str, address: str = _LOCAL, workers: int | None = None, gpu: bool = False
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("the ray executor needs Ray; pip install aqnfx[ray]") from error
+        self._ray: Any = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            self._connect(address)
+        resources = self._ray.cluster_resources()
+        have = int(resources.get("GPU" if gpu else "CPU", 0))
+        self._workers = workers or max(1, have)
+        if self._workers > have:
+            self.close()
+            raise InputError(f"{self._workers} workers asked; the Ray cluster has {have} {'GPUs' if gpu else 'CPUs'}")
+        self._threads = max(1, int(resources.get("CPU", 1)) // self._workers)
+        self._identity = identity
+        self._build = ray.put(build)  # once; every worker on a machine reads the same copy
+        options = {"num_gpus": 1, "num_cpus": 0} if gpu else {"num_cpus": 1}
+        self._class = self._ray.remote(**options)(_Actor)
+
+    def _connect(self, address: str) -> None:
+        # Workers must not wait for each other's spinning threads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        where: dict[str, Any] = {"include_dashboard": False} if address == _LOCAL else {"address": address}
+        try:
+            self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            line = (str(error).splitlines() or ["no answer"])[0]
+            raise InputError(f"the Ray cluster {address!r} cannot be reached: {line}") from error
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
+        """Run the units wherever a worker is free; the outcomes of a unit come together."""
+        ray, left, lost = self._ray, collections.deque(units), 0
+        actors = [self._new() for _ in range(min(self._workers, len(left)))]
+        busy: dict[Any, tuple[Any, Unit]] = {}
+        idle = list(actors)
+        try:
+            while left or busy:
+                while idle and left:
+                    actor, unit = idle.pop(), left.popleft()
+                    busy[actor.run.remote(unit)] = (actor, unit)
+                (ready,), _ = ray.wait(list(busy), num_returns=1)
+                actor, unit = busy.pop(ready)
+                try:
+                    found = ray.get(ready)
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                    lost += 1
+                    if lost > LOST * self._workers:
+                        raise ProbeError(f"{lost} Ray workers were lost, the last with: {str(error).splitlines()[0]}") from error
+                    left.appendleft(unit)
+                    actors.remove(actor)
+                    actors.append(self._new())
+                    idle.append(actors[-1])
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise _original(error) from error
+                idle.append(actor)
+                yield from found
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+    def _new(self) -> Any:
+        """Start a worker; its graph must be the driver's."""
+        actor = self._class.remote(self._build, self._threads)
+        try:
+            found = self._ray.get(actor.identity.remote())
+        except self._ray.exceptions.RayTaskError as error:
+            raise _original(error) from error
+        except self._ray.exceptions.RayActorError as error:
+            raise ProbeError(f"a Ray worker could not be made: {_last_line(str(error))}") from error
+        if found != self._identity:
+            raise ProbeError(
+                "a Ray worker traced the model to another graph than this process: its versions of torch, transformers or "
+                "aqnfx differ; install the same ones everywhere"
+            )
+        return actor
+
+    def close(self) -> None:
+        """Leave the cluster, if this executor joined it."""
+        if self._started and self._ray.is_initialized():
+            self._ray.shutdown()
+
+
+def _original(error: Any) -> BaseException:
+    """Return what a worker raised, so that bad input is one clear line wherever it was found."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, AqnfxError) else ProbeError(f"a Ray worker failed: {_last_line(str(error))}")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,238 @@
+"""Where items are run changes no number: threads and Ray workers give the map of one process, and survive losses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aqnfx.diagnosis.diagnose import executor_for, run
+from aqnfx.diagnosis.options import Options
+from aqnfx.diagnosis.prepare import Recipe, instrument, prepare
+from aqnfx.errors import InputError, ProbeError
+from aqnfx.probes.executors import InProcess, Threads
+from aqnfx.probes.measure import measure
+from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.work import Outcome, Sweep, Worker
+from tests.cli.tiny import TEXT, save_model
+
+QUICK: dict[str, Any] = {
+    "samples": 5, "seeds": 2, "levels": (0.1, 0.3), "max_length": 16, "window": 2, "compile": "no", "batch_size": 3,
+    "method": "measure", "probes": ("operator", "layer"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> Measurements:
+    return run(directory, TEXT, Options(**QUICK))
+
+
+def same(a: Measurements, b: Measurements) -> bool:
+    return a.probes == b.probes and all(np.array_equal(a.scores[m], b.scores[m]) for m in a.scores)
+
+
+class Setup:
+    """A sweep made ready, with the recipe for its workers."""
+
+    def __init__(self, directory: Path, **changes: Any) -> None:
+        self.options = Options(**QUICK, **changes)
+        ready = prepare(directory, TEXT, self.options, tell=lambda _: None)
+        seeds = tuple(range(self.options.seeds))
+        self.sweep = Sweep(
+            probes=ready.probes, levels=self.options.levels, seeds=seeds, base_level=self.options.base, task="kl"
+        )
+        self.recipe = Recipe.of(directory, ready, self.options, self.sweep, "none")
+        self.program, self.engine, self.batches = instrument(ready, self.options, self.sweep, "none")
+
+    def measure(self, executor: Any, **more: Any) -> Measurements:
+        return measure(self.program, self.engine, self.batches, self.sweep, executor=executor, **more)
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_give_what_one_process_gives(directory: Path, alone: Measurements) -> None:
+    setup, seen = Setup(directory), []
+
+    def watched(number: int) -> Worker:
+        worker = setup.recipe("cpu")
+        inner = worker.run
+
+        def spied(items: Any) -> Iterator[Outcome]:
+            seen.append(number)
+            if number == 0:
+                started.set()
+            else:
+                started.wait(30)  # so that the first worker gets something to do
+            return inner(items)
+
+        worker.run = spied  # type: ignore[method-assign]
+        return worker
+
+    started = threading.Event()
+    found = setup.measure(Threads([watched(0), watched(1)]))
+    assert same(found, alone)
+    assert set(seen) == {0, 1}
+    assert found.complete
+
+
+def test_an_error_of_one_thread_ends_the_run(directory: Path) -> None:
+    setup = Setup(directory)
+    good, bad = setup.recipe("cpu"), setup.recipe("cpu")
+
+    def broken(_items: Any) -> Iterator[Outcome]:
+        raise ProbeError("the device is gone")
+        yield
+
+    bad.run = broken  # type: ignore[method-assign]
+    with pytest.raises(ProbeError, match="the device is gone"):
+        setup.measure(Threads([good, bad]))
+    assert threading.active_count() < 20
+
+
+def test_an_interruption_keeps_what_threads_have_finished(directory: Path) -> None:
+    setup = Setup(directory)
+
+    def interrupt(done: int, _total: int) -> None:
+        if done == 21:
+            raise KeyboardInterrupt
+
+    found = setup.measure(Threads([setup.recipe("cpu")]), progress=interrupt)
+    assert not found.complete
+    assert found.samples == 3
+
+
+def test_workers_can_be_made_twice_from_a_module(directory: Path, alone: Measurements) -> None:
+    from aqnfx.graph.frontend import load_model
+    from aqnfx.probes.samples import load_tokenizer
+
+    model, options = load_model(str(directory)), Options(**QUICK)
+    ready = prepare(model, TEXT, options, tokenizer=load_tokenizer(str(directory)), tell=lambda _: None)
+    recipe = Recipe.of(model, ready, options, Setup(directory).sweep, "none")
+    first, second = recipe("cpu"), recipe("cpu")
+    assert next(first.program.module.parameters()).data_ptr() != next(second.program.module.parameters()).data_ptr()
+    assert next(iter(model.parameters())).data_ptr() != next(first.program.module.parameters()).data_ptr()
+    found = measure(first.program, first.engine, first.batches, first.sweep, executor=InProcess(second))
+    assert same(found, alone)
+
+
+def test_choices_that_cannot_work_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="executor 'cluster' is not one of process, devices, ray, ray://HOST:PORT"):
+        Options(executor="cluster")
+    with pytest.raises(InputError, match="workers 2 needs executor devices or ray"):
+        Options(workers=2)
+    monkeypatch.setattr("aqnfx.diagnosis.diagnose.accelerators", lambda: ())
+    with pytest.raises(InputError, match="this machine has no accelerator; leave the option out"):
+        run(directory, TEXT, Options(**QUICK, executor="devices"))
+    monkeypatch.setattr("aqnfx.diagnosis.diagnose.accelerators", lambda: ("cpu", "cpu"))
+    assert run(directory, TEXT, Options(**QUICK, executor="devices")).complete
+    with pytest.raises(InputError, match="there is no device"):
+        Threads([])
+    import aqnfx
+
+    program = aqnfx.trace(str(directory))
+    with pytest.raises(InputError, match="which needs its directory or module; a Program was given"):
+        run(program, TEXT, Options(**QUICK, executor="devices"))
+
+
+def test_without_ray_the_message_says_what_to_install(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install aqnfx\[ray\]"):
+        run(directory, TEXT, Options(**QUICK, executor="ray"))
+
+
+# Ray -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of this machine with two workers, which the executors below join."""
+    ray = pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+# Ray opens files and sockets that it closes when the process ends.
+quiet = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::FutureWarning"
+)
+
+
+@pytest.mark.slow
+@quiet
+def test_ray_gives_what_one_process_gives(cluster: Any, directory: Path, alone: Measurements) -> None:
+    setup = Setup(directory, executor="ray", workers=2)
+    with executor_for(setup.recipe, setup.program, setup.options) as executor:
+        assert same(setup.measure(executor), alone)
+    assert cluster.is_initialized()  # it was not this executor that started it
+
+
+class Deadly:
+    """Makes workers of which one is killed in its second unit, the first time."""
+
+    def __init__(self, recipe: Recipe, mark: Path, *, always: bool = False) -> None:
+        self.recipe, self.mark, self.always = recipe, mark, always
+
+    def __call__(self) -> Worker:
+        worker, units = self.recipe("cpu"), []
+        inner = worker.run
+
+        def run(items: Any) -> Iterator[Outcome]:
+            units.append(items)
+            if self.always or (len(units) == 2 and not self.mark.exists()):
+                self.mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(items)
+
+        worker.run = run  # type: ignore[method-assign]
+        return worker
+
+
+@pytest.mark.slow
+@quiet
+def test_a_killed_ray_worker_is_replaced(
+    cluster: Any, directory: Path, alone: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aqnfx.probes.ray_executor import RayExecutor
+
+    setup = Setup(directory, executor="ray", workers=2)
+    identity = f"{setup.program.original} {setup.program.pipeline}"
+    mark = tmp_path / "killed"
+    executor = RayExecutor(Deadly(setup.recipe, mark), identity=identity, workers=2)
+    assert same(setup.measure(executor), alone)
+    assert mark.exists()
+
+    monkeypatch.setattr("aqnfx.probes.ray_executor.LOST", 0)
+    hopeless = RayExecutor(Deadly(setup.recipe, mark, always=True), identity=identity, workers=1)
+    with pytest.raises(ProbeError, match="1 Ray workers were lost"):
+        setup.measure(hopeless)
+
+
+@pytest.mark.slow
+@quiet
+def test_ray_misuse_is_refused(cluster: Any, directory: Path) -> None:
+    from aqnfx.probes.ray_executor import RayExecutor
+
+    setup = Setup(directory, executor="ray", workers=1)
+    with pytest.raises(InputError, match="3 workers asked; the Ray cluster has 2 CPUs"):
+        RayExecutor(setup.recipe, identity="", workers=3)
+    other = RayExecutor(setup.recipe, identity="another graph", workers=1)
+    with pytest.raises(ProbeError, match="traced the model to another graph than this process"):
+        setup.measure(other)
