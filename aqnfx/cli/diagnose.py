@@ -75,6 +75,8 @@ def command(
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
     pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
     device: str = typer.Option("cpu", help="Device to run on."),
+    adaptive: bool = typer.Option(False, "--adaptive", help="Stop sampling what is settled."),
+    budget: str = typer.Option(None, help="Time for measuring: 90s, 10m, 2h (implies --adaptive)."),
     executor: str = typer.Option("process", help="Where to measure: process, devices, ray or ray://HOST:PORT."),
     workers: int = typer.Option(None, help="Workers of devices or ray (default: all there are)."),
     out: Path = typer.Option(Path("aqnfx-out"), "--out", help="Directory for the artifacts."),
@@ -93,6 +95,7 @@ def command(
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
         checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
         compile=compile_mode, replay_memory=replay_memory, batch_size=batch_size,
-        max_length=max_length, text_field=text_field, pack=pack, device=device, executor=executor, workers=workers,
+        max_length=max_length, text_field=text_field, pack=pack, device=device, adaptive=adaptive, budget=budget,
+        executor=executor, workers=workers,
     )  # fmt: skip
     run_session(model, data, options, out=out, resume=resume, json_output=json_output)

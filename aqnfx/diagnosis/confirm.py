@@ -9,7 +9,7 @@ import numpy as np
 
 from aqnfx.diagnosis.details import THRESHOLD_COST, estimate, level_records
 from aqnfx.diagnosis.estimated import Fit
-from aqnfx.diagnosis.estimates import Options, SampleScores
+from aqnfx.diagnosis.estimates import Options, SampleScores, share
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.errors import Interrupted
 from aqnfx.probes.measurements import Measurements, Probe
@@ -34,7 +34,7 @@ def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
         return None
     scores = SampleScores.of(m)
     total = float(scores.tokens.sum())
-    kl, degradation = scores.kl.sum(-1) / total, scores.loss.sum(-1) / scores.loss_base.sum()
+    kl, degradation = share(scores.kl, scores.tokens), share(scores.loss, scores.loss_base)
     fit = Fit.through(kl, degradation)
     if probe in m.probes:
         row = m.probes.index(probe)
@@ -77,7 +77,7 @@ def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], boo
 
 def _cost(single: Measurements) -> float:
     scores = SampleScores.of(single)
-    return float(scores.loss[0, 0].sum() / scores.loss_base.sum())
+    return float(share(scores.loss[0, 0], scores.loss_base))
 
 
 def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aqnfx.diagnosis.estimates import (
     Array,
@@ -16,6 +17,7 @@ from aqnfx.diagnosis.estimates import (
     holm_columns,
     paired_p,
     ratios,
+    seed_mean,
     seed_spread,
 )
 from aqnfx.diagnosis.predicted import predicted_record
@@ -44,6 +46,7 @@ class Estimates:
     p_holm: Array
     kl_spread: Array
     degradation_spread: Array
+    samples: NDArray[np.int64]
     estimated: frozenset[int] = frozenset()
 
 
@@ -68,6 +71,7 @@ def estimate(
         p_holm=holm_columns(p, groups),
         kl_spread=seed_spread(scores.seed_kl),
         degradation_spread=seed_spread(scores.seed_degradation),
+        samples=np.isfinite(scores.kl).sum(axis=-1),
         estimated=frozenset(estimated),
     )
 
@@ -122,7 +126,7 @@ def _record(m: Measurements, est: Estimates, row: int, column: int, options: Opt
         "p_holm": p_holm,
         "distinguishable": bool(p_holm < 1.0 - options.confidence),
         "seed_std": {"kl": float(est.kl_spread[at]), "degradation": float(est.degradation_spread[at])},
-        "n": m.samples,
+        "n": int(est.samples[at]),
         "seeds": len(m.seeds),
     }
     if est.nll_delta is not None:
@@ -143,12 +147,12 @@ def _accuracy(m: Measurements, row: int, column: int, options: Options) -> dict[
     The Wilson interval counts samples, not sample x seed pairs: seeds of one sample are not independent (solved
     samples, averaged over seeds, are rounded). A tie between seeds counts as the clean outcome.
     """
-    runs = m.scores["exact_match"][row, column]
-    clean = m.clean["exact_match"] > 0.5
-    rate = runs.mean(axis=0)
-    if not np.isfinite(rate).all():
+    rate = seed_mean(m.scores["exact_match"])[row, column]
+    have = np.isfinite(rate)
+    if not have.any():
         return {"value": None, "ci": [None, None], "mcnemar_p": None}
-    interval = wilson(round(float(rate.sum())), m.samples, options.confidence)
+    rate, clean = rate[have], m.clean["exact_match"][have] > 0.5
+    interval = wilson(round(float(rate.sum())), int(have.sum()), options.confidence)
     noisy = np.where(rate == 0.5, clean, rate > 0.5)
     return {
         "value": float(rate.mean()),

@@ -26,6 +26,7 @@ from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
@@ -119,6 +120,7 @@ def run(
         elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
             noisy, engine, work, sweep, journal=keep, executor=elsewhere, progress=progress, noise_kind=options.noise,
+            rule=StoppingRule() if options.adaptive or options.budget else None, seconds=options.budget_seconds,
             provenance=facts,
         )  # fmt: skip
     found = found if ready.causal else _without_nll(found)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
-from aqnfx.diagnosis.estimates import Array, SampleScores
+from aqnfx.diagnosis.estimates import Array, SampleScores, seed_mean, share
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.probes.measurements import Measurements, Probe
 
@@ -96,7 +96,7 @@ def with_estimates(m: Measurements, confidence: float = 0.95) -> tuple[Measureme
         return m, {}
     scores = SampleScores.of(m)
     tokens, base = scores.tokens, scores.loss_base
-    points = scores.kl.sum(-1) / tokens.sum(), scores.loss.sum(-1) / base.sum()
+    points = share(scores.kl, tokens), share(scores.loss, base)
     fit, error = Fit.through(*points), FitError.of(*points, float(base.sum()), confidence)
     accuracy = "exact_match" if scores.degradation_metric == "exact_match" else "top1"
     n, shape = m.samples, (len(missing), len(m.levels), len(m.seeds), m.samples)
@@ -130,11 +130,12 @@ def agreement(m: Measurements) -> dict[str, Any]:
     """
     if m.predictions is None or not m.probes:
         return {}
-    total, found = float(m.tokens.sum()), {}
+    tokens, found = m.tokens.astype(np.float64), {}
     for column, level in enumerate(m.levels):
-        scores = m.scores["kl"][:, column].mean(axis=1)
+        scores = seed_mean(m.scores["kl"])[:, column]
         single = np.array([m.predictions.kl(p.sites, level)[: m.samples] for p in m.probes])
-        measured, predicted = scores.sum(axis=-1) / total, single.sum(axis=-1) / total
+        single[~np.isfinite(scores)] = np.nan  # of the samples that were measured
+        measured, predicted = share(scores, tokens), share(single, tokens)
         good = np.isfinite(predicted) & (measured > 0) & (predicted > 0)
         if good.sum() < 2:
             continue
@@ -166,12 +167,13 @@ def agreement(m: Measurements) -> dict[str, Any]:
 
 def _ratio_errors(predicted: Array, measured: Array) -> Array:
     """Return the standard error over samples (P,) of Σ predicted / Σ measured, both (P, n) and paired; infinite for one."""
-    n = predicted.shape[-1]
-    if n < 2:
-        return np.full(len(predicted), np.inf)
+    have = np.isfinite(predicted) & np.isfinite(measured)
+    n = have.sum(axis=-1)
+    predicted, measured = np.where(have, predicted, 0.0), np.where(have, measured, 0.0)
     total = measured.sum(axis=-1, keepdims=True)
     residuals = predicted - predicted.sum(axis=-1, keepdims=True) / total * measured
-    return np.asarray(np.sqrt(n / (n - 1) * np.square(residuals).sum(axis=-1)) / total[:, 0])
+    errors = np.sqrt(n / np.maximum(n - 1, 1) * np.square(residuals).sum(axis=-1)) / total[:, 0]
+    return np.asarray(np.where(n > 1, errors, np.inf))
 
 
 def _worst(probe: Probe, ratio: float, measured: float) -> dict[str, Any]:

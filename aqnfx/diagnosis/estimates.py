@@ -58,20 +58,20 @@ class SampleScores:
         """Average over seeds; raises :class:`InputError` when there is nothing to average or a metric is missing."""
         check(m)
         tokens = m.tokens.astype(np.float64)
-        agreement = _seed_mean(m.scores["top1"])
+        agreement = seed_mean(m.scores["top1"])
         exact = uses_exact_match(m)
         base = m.clean["exact_match"].astype(np.float64) if exact else tokens
         lost = base - (m.scores["exact_match"] if exact else m.scores["top1"])
         nll = m.scores.get("nll")
         return cls(
-            kl=_seed_mean(m.scores["kl"]),
-            nll_delta=None if nll is None or "nll" not in m.clean else _seed_mean(nll) - m.clean["nll"],
+            kl=seed_mean(m.scores["kl"]),
+            nll_delta=None if nll is None or "nll" not in m.clean else seed_mean(nll) - m.clean["nll"],
             agreement=agreement,
-            loss=_seed_mean(lost),
+            loss=seed_mean(lost),
             tokens=tokens,
             loss_base=base,
-            seed_kl=m.scores["kl"].sum(axis=-1) / tokens.sum(),
-            seed_degradation=lost.sum(axis=-1) / base.sum(),
+            seed_kl=share(m.scores["kl"], tokens),
+            seed_degradation=share(lost, base),
             degradation_metric="exact_match" if exact else "1 - top1",
         )
 
@@ -100,36 +100,61 @@ def uses_exact_match(m: Measurements) -> bool:
     return m.task == "exact_match" and measured and float(m.clean["exact_match"].sum()) > 0
 
 
+def share(num: Array, den: Array) -> Array:
+    """Return sum(num) / sum(den) over the samples that a row has: (..., n) and (n,) to (...), NaN for none.
+
+    NaN marks a sample that a row does not have; with an infinite value the row's result is NaN.
+    """
+    num = np.where(np.isinf(num).any(axis=-1, keepdims=True), np.nan, num)
+    have = np.isfinite(num)
+    total = np.where(have, den, 0.0).sum(axis=-1)
+    sums = np.where(have, num, 0.0).sum(axis=-1)
+    return np.asarray(np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan), dtype=np.float64)
+
+
 def ratios(num: Array, den: Array, options: Options) -> Ratio:
     """Return sum(num) / sum(den) over the samples with its bootstrap interval, NaN where undefined.
 
-    ``num`` (..., n), ``den`` (n,); results (...). Rows with values that are not finite give NaN, as does a
-    denominator that sums to zero.
+    ``num`` (..., n), ``den`` (n,); results (...). Every row is over the samples that it has, NaN marking those that it
+    does not have; a row without any or with an infinite value, and a denominator that sums to zero, give NaN.
     """
+    num = np.where(np.isinf(num).any(axis=-1, keepdims=True), np.nan, num)
     shape = num.shape[:-1]
-    bad = np.asarray(~np.isfinite(num).all(axis=-1))
-    if not np.isfinite(den).all() or float(den.sum()) == 0.0 or num.size == 0:
-        nothing = np.full(shape, np.nan)
-        return Ratio(nothing, nothing.copy(), nothing.copy())
-    clean = np.where(bad[..., None], 0.0, num)
-    found = bootstrap_ratios(clean, den, resamples=options.resamples, confidence=options.confidence, seed=options.seed)
-    return Ratio(*(np.where(bad, np.nan, np.asarray(part, dtype=np.float64).reshape(shape)) for part in found))
+    found = Ratio(*(np.full(shape, np.nan).reshape(-1) for _ in range(3)))
+    if not np.isfinite(den).all() or num.size == 0:
+        return Ratio(*(part.reshape(shape) for part in found))
+    flat = num.reshape(-1, num.shape[-1])
+    patterns, row_pattern = np.unique(np.isfinite(flat), axis=0, return_inverse=True)
+    for number, have in enumerate(patterns):
+        rows = np.flatnonzero(row_pattern.reshape(-1) == number)
+        if not have.any() or float(den[have].sum()) == 0.0:
+            continue
+        parts = bootstrap_ratios(
+            flat[rows][:, have], den[have], resamples=options.resamples, confidence=options.confidence, seed=options.seed
+        )
+        for whole, part in zip(found, parts, strict=True):
+            whole[rows] = part
+    return Ratio(*(part.reshape(shape) for part in found))
 
 
 def paired_p(differences: Array) -> Array:
     """Return the two-sided p of "the mean over samples is zero": a paired t test over the last axis.
 
     Shape (..., n) to (...). Where all samples agree exactly the t test has no scale, and the p of the sign test on the
-    samples that differ from zero stands instead; one sample, or only zeros, gives 1. NaN gives NaN.
+    samples that differ from zero stands instead; one sample, or only zeros, gives 1. A row is over the samples that it has a
+    number for; without any it gives NaN.
     """
-    n = differences.shape[-1]
-    mean = differences.mean(axis=-1)
-    spread = differences.std(axis=-1, ddof=1) if n > 1 else np.zeros_like(mean)
-    moved = np.count_nonzero(differences, axis=-1)
+    have = np.isfinite(differences)
+    n = have.sum(axis=-1)
+    known = np.where(have, differences, 0.0)
+    mean = np.where(n > 0, known.sum(axis=-1) / np.maximum(n, 1), np.nan)
+    squares = np.where(have, np.square(known - np.nan_to_num(mean)[..., None]), 0.0).sum(axis=-1)
+    spread = np.sqrt(squares / np.maximum(n - 1, 1))
+    moved = np.count_nonzero(known, axis=-1)
     sign_p = np.minimum(1.0, 2.0 * 0.5**moved)
     usable = spread > 1e-12 * np.abs(mean)
     t_value = np.abs(mean) * np.sqrt(n) / np.where(usable, spread, 1.0)
-    p = np.where(usable, 2.0 * student_t.sf(t_value, max(n - 1, 1)), sign_p)
+    p = np.where(usable, 2.0 * student_t.sf(t_value, np.maximum(n - 1, 1)), sign_p)
     return np.asarray(np.where(np.isfinite(mean), p, np.nan), dtype=np.float64)
 
 
@@ -151,5 +176,9 @@ def seed_spread(values: Array) -> Array:
     return np.asarray(values.std(axis=-1, ddof=1), dtype=np.float64)
 
 
-def _seed_mean(values: Array) -> Array:
-    return np.asarray(values.astype(np.float64).mean(axis=2), dtype=np.float64)
+def seed_mean(values: Array) -> Array:
+    """Return the mean over the seeds that a sample has, NaN for none."""
+    have = ~np.isnan(values)
+    n = have.sum(axis=2)
+    sums = np.where(have, values, 0.0).astype(np.float64).sum(axis=2)
+    return np.asarray(np.where(n > 0, sums / np.maximum(n, 1), np.nan), dtype=np.float64)

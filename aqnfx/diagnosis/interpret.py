@@ -176,6 +176,14 @@ def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
         notes.append(
             f"Partial run: {m.samples} of {m.samples_requested} samples were finished; every number rests on those."
         )
+    if "settled_probes" in m.provenance:
+        least, most = int(est.samples.min()), int(est.samples.max())
+        settled, runs, wanted = (m.provenance[k] for k in ("settled_probes", "runs", "wanted_runs"))
+        late = "; the time was over before the rest was" if m.provenance["out_of_time"] else ""
+        notes.append(
+            f"Samples went where they were needed: {least} to {most} per probe, {settled} of {len(m.probes)} probes settled"
+            f"{late} ({runs} runs; all of them on every sample would have been {wanted})."
+        )
     if m.errors:
         notes.append(f"{len(m.errors)} runs failed and are missing; the first: {m.errors[0]}.")
     if m.task == "exact_match" and scores.degradation_metric != "exact_match":

@@ -37,10 +37,12 @@ class Options:
     the top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps
     only block boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or
     "hessian-trace". Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported
-    as outliers. ``executor`` is where the measuring is done: "process", "devices" (a copy of the model on every
-    accelerator of this machine), "ray" or "ray://HOST:PORT" (``workers`` of a Ray cluster, default all). ``probes``
-    are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for
-    values that cannot be meant.
+    as outliers. ``adaptive`` stops sampling a probe once its class and its place in the ranking are settled;
+    ``budget`` ("90s", "10m", "2h") is the time for measuring and implies ``adaptive``. ``executor`` is where the
+    measuring is done: "process", "devices" (a copy of the model on every accelerator of this machine), "ray" or
+    "ray://HOST:PORT" (``workers`` of a Ray cluster, default all). ``probes`` are kinds of
+    :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that
+    cannot be meant.
     """
 
     levels: tuple[float, ...] = DEFAULT_LEVELS
@@ -67,6 +69,8 @@ class Options:
     text_field: str | None = None
     pack: bool = True
     device: str = "cpu"
+    adaptive: bool = False
+    budget: str | float | None = None
     executor: str = "process"
     workers: int | None = None
 
@@ -87,6 +91,11 @@ class Options:
         if self.workers is not None and self.executor == "process":
             raise InputError(f"workers {self.workers} needs executor devices or ray; this process is one worker")
         byte_count("replay_memory", self.replay_memory)
+        if self.budget is not None:
+            duration("budget", self.budget)
+        for name in ("adaptive", "checkpoint", "pack"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
         _one_of("method", self.method, METHODS)
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
@@ -117,6 +126,11 @@ class Options:
         return self.base_level if self.base_level is not None else sorted(self.levels)[len(self.levels) // 2]
 
     @property
+    def budget_seconds(self) -> float | None:
+        """The time for measuring, in seconds, or None for as long as it takes."""
+        return None if self.budget is None else duration("budget", self.budget)
+
+    @property
     def replay_bytes(self) -> int:
         """The bound on what is kept of a clean run, in bytes."""
         return byte_count("replay_memory", self.replay_memory)
@@ -136,6 +150,17 @@ def byte_count(name: str, value: str | int) -> int:
     if isinstance(value, bool) or not match or match[2].upper() not in _UNITS:
         raise InputError(f"{name} {value!r} is not a number of bytes; write for example 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def duration(name: str, value: str | float) -> float:
+    """Return seconds given as a number or as a text with a unit; raises :class:`InputError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip())
+    if isinstance(value, bool) or not match or match[2] not in _SECONDS or not float(match[1]) > 0:
+        raise InputError(f"{name} {value!r} is not a time; write for example 90s, 10m or 2h")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _one_of(name: str, value: Any, known: Iterable[str]) -> None:

@@ -98,9 +98,11 @@ def _window(
 
 def _amplification(window: Array, singles: Array, tokens: Array, options: Options) -> dict[str, Any]:
     """Compare a window's KL with the sum of its layers', per sample (n,) and paired."""
-    if not np.isfinite(singles).all():
+    have = np.isfinite(singles) & np.isfinite(window)
+    if not have.any():
         return {}
-    singles = np.maximum(singles, 0.0)  # rounding leaves a KL of nothing slightly negative
+    window, tokens = window[have], tokens[have]
+    singles = np.maximum(singles[have], 0.0)  # rounding leaves a KL of nothing slightly negative
     predicted = float(singles.sum() / tokens.sum())
     if predicted <= 0.0:
         return {"predicted": predicted}

@@ -43,7 +43,13 @@ def sensitivity_score(degradation: float, level: float) -> float:
     return degradation / level
 
 
-def classify_sensitivity(score: float, *, critical: float = 3.0, moderate: float = 1.5) -> Sensitivity:
+CRITICAL_SCORE, MODERATE_SCORE = 3.0, 1.5
+"""Where the classes of sensitivity scores begin."""
+
+
+def classify_sensitivity(
+    score: float, *, critical: float = CRITICAL_SCORE, moderate: float = MODERATE_SCORE
+) -> Sensitivity:
     """Return "critical" for score > 3, "moderate" for 1.5 to 3, "robust" below, "undefined" for nan."""
     _descending(critical=critical, moderate=moderate)
     if math.isnan(score):

@@ -55,22 +55,22 @@ class Threads:
 
     def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
         """Run the units side by side."""
-        waiting: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-        for unit in units:
-            waiting.put(unit)
+        # Taken one by one, when somebody is free: what is wanted may depend on what came before.
+        waiting, turn = iter(units), threading.Lock()
         found: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
 
         def work(worker: Worker) -> None:
             try:
                 while not stop.is_set():
-                    unit = waiting.get_nowait()
+                    with turn:
+                        unit = next(waiting, None)
+                    if unit is None:
+                        return
                     for outcome in worker.run(unit):
                         found.put(outcome)
                         if stop.is_set():
                             return
-            except queue.Empty:
-                pass
             except BaseException as error:  # raised in the thread that waits for it
                 found.put(error)
             finally:

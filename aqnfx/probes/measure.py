@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, Interrupted, ProbeError
 from aqnfx.graph.program import Program
+from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.data import Batch
 from aqnfx.probes.executors import Executor, InProcess
 from aqnfx.probes.forward import Forward
@@ -36,6 +38,10 @@ class _State:
     journal: Journal | None
     done: dict[Item, Scores] = field(default_factory=dict)
     failed: dict[Item, str] = field(default_factory=dict)
+    rule: StoppingRule | None = None
+    deadline: float = math.inf
+    settled: dict[int, int] = field(default_factory=dict)
+    late: bool = False
 
     def take(self, outcome: Outcome) -> None:
         """Take what came of an item, and write it down; a second outcome of the same item changes nothing."""
@@ -55,16 +61,38 @@ class _State:
         return sum(item[1] >= 0 for item in self.done) + len(self.failed)
 
     def left(self) -> Iterator[tuple[Item, ...]]:
-        """Yield, batch by batch and probe by probe, the items that have not come to an end."""
+        """Yield, batch by batch and probe by probe, the items that have not come to an end and are wanted.
+
+        Probes whose claims are settled by the batches before are left out, and everything once the time is over: but never
+        the first batch, without which a probe has no number.
+        """
         for batch in range(len(self.batches)):
             clean = clean_item(batch)
             wanted = [] if clean in self.done else [clean]
-            for probe in range(len(self.sweep.probes)):
-                ended = self.done.keys() | self.failed.keys()
-                unit = (*wanted, *(item for item in self.sweep.unit(batch, probe) if item not in ended))
+            for probe in self.order(batch):
+                unit = (*wanted, *(item for item in self.sweep.unit(batch, probe) if not self.ended(item)))
+                if not unit:
+                    continue
+                if batch and time.perf_counter() > self.deadline:
+                    self.late = True
+                    return
                 wanted = []
-                if unit:
-                    yield unit
+                yield unit
+
+    def ended(self, item: Item) -> bool:
+        """Return whether an item has come to an end."""
+        return item in self.done or item in self.failed
+
+    def order(self, batch: int) -> list[int]:
+        """Return the probes that a batch is to be run with."""
+        chosen = range(len(self.sweep.probes))
+        if self.rule is None or batch == 0:
+            return list(chosen)
+        open_ = self.rule.unsettled(self.sweep, self.done, batch, total=len(self.batches))
+        for probe in chosen:
+            if probe not in open_:
+                self.settled.setdefault(probe, batch)
+        return [probe for probe in chosen if probe not in self.settled]
 
     def finished(self, batch: int, probe: int) -> bool:
         """Return whether everything of a probe on a batch has come to an end."""
@@ -81,6 +109,8 @@ def measure(
     *,
     journal: Journal | None = None,
     executor: Executor | None = None,
+    rule: StoppingRule | None = None,
+    seconds: float | None = None,
     progress: Progress | None = None,
     noise_kind: str = "relative_gaussian",
     provenance: Mapping[str, Any] | None = None,
@@ -88,19 +118,23 @@ def measure(
     """Run the sweep over ``batches`` and return per-sample scores of the finished part.
 
     ``program`` carries noise nodes at every site of every probe and ``forward`` runs it: one of
-    :mod:`aqnfx.probes.forward`, or an engine of :mod:`aqnfx.probes.replay`; ``executor`` does the work elsewhere, with
-    programs of its own. The same seed gives the same noise at a site in every configuration (common random numbers).
-    Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items in ``journal``
-    are not run again, but those that failed are. A run that fails leaves NaN and a line in ``errors``. On
-    ``KeyboardInterrupt`` the finished batches are returned with ``complete=False`` (of a first batch, the probes that
-    are finished on it); with nothing finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a probe
-    fires at other sites than its own, a clean run fails, or every noisy run does.
+    :mod:`aqnfx.probes.forward`, or an engine of :mod:`aqnfx.probes.replay`; ``executor`` does the work elsewhere,
+    with programs of its own. The same seed gives the same noise at a site in every configuration (common random
+    numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items
+    in ``journal`` are not run again, but those that failed are. With ``rule`` a probe gets no further samples once
+    its claims are settled; after ``seconds`` no new work begins, but that on the first batch. What a probe has no
+    sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On ``KeyboardInterrupt`` the finished
+    batches are returned with ``complete=False`` (of a first batch, the probes that are finished on it); with nothing
+    finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a probe fires at other sites than its
+    own, a clean run fails, or every noisy run does.
     """
     if not batches:
         raise InputError("there are no samples to measure on")
     worker = Worker(program, WholeGraph(forward) if not isinstance(forward, Engine) else forward, batches, sweep)
     started, total = time.perf_counter(), sweep.size * len(batches)
-    state = _State(sweep, batches, journal, {} if journal is None else dict(journal.items))
+    deadline = math.inf if seconds is None else started + seconds
+    done = {} if journal is None else dict(journal.items)
+    state = _State(sweep, batches, journal, done, rule=rule, deadline=deadline)
     resumed, tell, interrupted, runs = state.runs, progress or (lambda _done, _total: None), True, 0
     with contextlib.suppress(KeyboardInterrupt):
         for outcome in (executor or InProcess(worker)).run(state.left()):
@@ -116,6 +150,8 @@ def measure(
         "runs": runs, "resumed_items": resumed, "seconds": time.perf_counter() - started,
         "peak_memory_mib": peak_memory_mib(batches[0].input_ids.device),
     }  # fmt: skip
+    if rule is not None or seconds is not None:
+        facts |= {"wanted_runs": total, "settled_probes": len(state.settled), "out_of_time": state.late}
     return _collect(state, program, interrupted, noise_kind, {**(provenance or {}), **facts})
 
 
@@ -124,8 +160,9 @@ def _collect(
 ) -> Measurements:
     sweep, batches = state.sweep, state.batches
     chosen = list(range(len(sweep.probes)))
-    whole = [b for b in range(len(batches)) if all(state.finished(b, p) for p in chosen)]
-    if not whole:
+    some = any if state.rule is not None or state.late else all
+    whole = [b for b in range(len(batches)) if clean_item(b) in state.done and some(state.finished(b, p) for p in chosen)]
+    if not whole or (state.rule is not None and not all(state.finished(0, p) for p in chosen)):
         chosen = [p for p in chosen if state.finished(0, p)]
         whole = [0]
         if not chosen:
@@ -139,7 +176,8 @@ def _collect(
     for row, probe in enumerate(chosen):
         first = 0
         for b, n in zip(whole, size, strict=True):
-            for item in sweep.unit(b, probe):
+            unit = sweep.unit(b, probe) if state.finished(b, probe) else ()
+            for item in unit:
                 for metric in metrics if item in state.done else ():
                     scores[metric][row, item[2], item[3], first : first + n] = state.done[item][metric]
             first += n

@@ -79,15 +79,18 @@ class RayExecutor:
 
     def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
         """Run the units wherever a worker is free; the outcomes of a unit come together."""
-        ray, left, lost = self._ray, collections.deque(units), 0
-        actors = [self._new() for _ in range(min(self._workers, len(left)))]
+        # Units are taken when somebody is free: what is wanted may depend on what came before.
+        ray, waiting, again, lost = self._ray, iter(units), collections.deque[Unit](), 0
+        actors = [self._new() for _ in range(self._workers)]
         busy: dict[Any, tuple[Any, Unit]] = {}
         idle = list(actors)
         try:
-            while left or busy:
-                while idle and left:
-                    actor, unit = idle.pop(), left.popleft()
+            while True:
+                while idle and (unit := again.popleft() if again else next(waiting, None)) is not None:
+                    actor = idle.pop()
                     busy[actor.run.remote(unit)] = (actor, unit)
+                if not busy:
+                    return
                 (ready,), _ = ray.wait(list(busy), num_returns=1)
                 actor, unit = busy.pop(ready)
                 try:
@@ -96,7 +99,7 @@ class RayExecutor:
                     lost += 1
                     if lost > LOST * self._workers:
                         raise ProbeError(f"{lost} Ray workers were lost, the last with: {str(error).splitlines()[0]}") from error
-                    left.appendleft(unit)
+                    again.append(unit)
                     actors.remove(actor)
                     actors.append(self._new())
                     idle.append(actors[-1])

@@ -162,13 +162,16 @@ def test_exact_match_without_clean_success_falls_back() -> None:
 
 def test_numbers_that_are_not_finite_become_null() -> None:
     m = run(n=30)
-    m.scores["kl"][0, 1, 0, 3] = np.nan
+    m.scores["kl"][0, 1, 0, 3] = np.inf
+    m.scores["kl"][1, 1, :, 3] = np.nan  # a run that failed: a sample less
     found = interpret(m)
     record = json.loads(json.dumps(found.to_record(), allow_nan=False))
     assert record["per_operator_kl"]["linear"] is None
     assert record["per_operator_detail"]["linear"]["levels"]["0.05"]["ci"] == [None, None]
     assert record["per_operator_kl"]["softmax"] is not None
     assert any("linear" in note for note in found.notes)
+    assert found.at_base("operator", "softmax")["n"] == 29
+    assert found.at_base("layer", "0")["n"] == 30
 
 
 def test_one_sample_one_seed_gives_no_claims() -> None:

@@ -1,0 +1,107 @@
+"""Adaptive sampling: which probes still need samples for what is going to be said of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student_t
+
+from aqnfx.numerics.metrics import CRITICAL_SCORE, MODERATE_SCORE
+from aqnfx.probes.work import Item, Scores, Sweep, clean_item
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingRule:
+    """When a probe has enough samples: its class is settled, and its place among its neighbours is.
+
+    After every batch each claim is looked at with an interval of level 1 - (1 - ``confidence``) / looks, so that over all
+    looks it is wrong with probability 1 - ``confidence`` at most (Bonferroni over the looks). A class is settled when the
+    interval of the score lies within one class; two neighbours in the ranking of a kind are settled when the interval of
+    their paired difference excludes 0, or lies within ``tie`` in units of the score: then they are equal for every purpose
+    here. Nothing is settled before ``least`` samples.
+    """
+
+    confidence: float = 0.95
+    tie: float = 0.15
+    least: int = 20
+
+    def unsettled(
+        self, sweep: Sweep, done: Mapping[Item, Scores], batches: int, *, total: int
+    ) -> frozenset[int]:
+        """Return the numbers of the probes that need more, from what the first ``batches`` of ``total`` batches gave."""
+        everything = frozenset(range(len(sweep.probes)))
+        if not batches or any(clean_item(b) not in done for b in range(batches)):
+            return everything
+        base, losses = _losses(sweep, done, batches)
+        if len(base) < self.least:
+            return everything
+        alpha = (1.0 - self.confidence) / max(total, 1)
+        left: set[int] = set()
+        for kind in dict.fromkeys(p.kind for p in sweep.probes):
+            rows = [row for row, p in enumerate(sweep.probes) if p.kind == kind]
+            left |= {row for row in rows if not self._class_settled(losses[row], base, sweep.base_level, alpha)}
+            value = {row: _ratio(losses[row], base)[0] for row in rows}
+            order = sorted(rows, key=lambda row: -value[row])
+            for first, second in itertools.pairwise(order):
+                if not self._order_settled(losses[first] - losses[second], base, sweep.base_level, alpha):
+                    left |= {first, second}
+        return frozenset(left)
+
+    def _class_settled(self, loss: Array, base: Array, level: float, alpha: float) -> bool:
+        low, high = _interval(loss, base, alpha)
+        edges = (MODERATE_SCORE, CRITICAL_SCORE)
+        return bool(np.searchsorted(edges, low / level) == np.searchsorted(edges, high / level))
+
+    def _order_settled(self, difference: Array, base: Array, level: float, alpha: float) -> bool:
+        low, high = _interval(difference, base, alpha)
+        return bool(low > 0.0 or high < 0.0 or max(-low, high) / level <= self.tie)
+
+
+def _losses(sweep: Sweep, done: Mapping[Item, Scores], batches: int) -> tuple[Array, Array]:
+    """Return the weights (n,) and the losses (P, n) at the base level, seeds averaged; NaN where a probe has no sample.
+
+    As in the map: lost exact matches over clean ones for the task exact_match, else positions with another argmax.
+    """
+    clean = [done[clean_item(b)] for b in range(batches)]
+    exact = sweep.task == "exact_match" and sum(np.nansum(c.get("exact_match", [0.0])) for c in clean) > 0
+    metric = "exact_match" if exact else "top1"
+    base = np.concatenate([np.asarray(c["exact_match" if exact else "tokens"], dtype=np.float64) for c in clean])
+    level = sweep.levels.index(sweep.base_level)
+    losses = np.full((len(sweep.probes), len(base)), np.nan)
+    first = 0
+    for b, found in enumerate(clean):
+        size = len(found["tokens"])
+        for row in range(len(sweep.probes)):
+            runs = [done[item] for k in range(len(sweep.seeds)) if (item := (b, row, level, k)) in done]
+            if runs:
+                scores = np.mean([run[metric] for run in runs], axis=0)
+                losses[row, first : first + size] = base[first : first + size] - scores
+        first += size
+    return base, losses
+
+
+def _ratio(loss: Array, base: Array) -> tuple[float, float, int]:
+    """Return Σ loss / Σ base, its standard error by linearisation, and the number of samples."""
+    have = np.isfinite(loss)
+    n, total = int(have.sum()), float(base[have].sum())
+    if n < 2 or total <= 0:
+        return 0.0, float("inf"), n
+    ratio = float(loss[have].sum()) / total
+    residuals = loss[have] - ratio * base[have]
+    return ratio, float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / total), n
+
+
+def _interval(loss: Array, base: Array, alpha: float) -> tuple[float, float]:
+    ratio, error, n = _ratio(loss, base)
+    if error == 0.0:
+        # Samples that all agree say that the effect is rarer than one in n: the rule of three, at this level.
+        error_bound = -np.log(alpha / 2.0) / n
+        return ratio - error_bound, ratio + error_bound
+    half = float(student_t.isf(alpha / 2.0, max(n - 1, 1))) * error
+    return ratio - half, ratio + half
