@@ -80,6 +80,7 @@ def command(
     executor: str = typer.Option("process", help="Where to measure: process, devices, ray or ray://HOST:PORT."),
     workers: int = typer.Option(None, help="Workers of devices or ray (default: all there are)."),
     out: Path = typer.Option(Path("aqnfx-out"), "--out", help="Directory for the artifacts."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print what would be done and about how long it takes."),
     resume: bool = typer.Option(False, "--resume", help="Continue the unfinished run in --out."),
     json_output: bool = typer.Option(False, "--json", help="Print the sensitivity map as JSON and nothing else."),
     config: Path = typer.Option(
@@ -87,7 +88,7 @@ def command(
     ),
 ) -> None:
     """Measure what noise does to a language model: per operator kind, per layer, per window, with error bars."""
-    from aqnfx.cli.session import run_session
+    from aqnfx.cli.session import run_forecast, run_session
 
     options: dict[str, Any] = dict(
         levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
@@ -98,4 +99,6 @@ def command(
         max_length=max_length, text_field=text_field, pack=pack, device=device, adaptive=adaptive, budget=budget,
         executor=executor, workers=workers,
     )  # fmt: skip
+    if dry_run:
+        return run_forecast(model, data, options, json_output=json_output)
     run_session(model, data, options, out=out, resume=resume, json_output=json_output)

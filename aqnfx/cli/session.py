@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from aqnfx.errors import InputError, Interrupted
 from aqnfx.reporting.artifacts import check_output_dir
 
 JOURNAL = "journal.jsonl"
+INTERRUPTED, TERMINATED = 130, 143
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -26,7 +29,8 @@ def run_session(
 ) -> None:
     """Diagnose ``model`` on ``data`` and write the artifacts to ``out``; ``fresh`` discards an unfinished run there.
 
-    Exits with 130 after an interruption: what was finished is written, and the line on stderr says how to resume.
+    Exits with 130 after an interruption, with 143 after SIGTERM: what was finished is written, and the line on stderr
+    says how to resume.
     """
     if not data.exists():
         raise InputError(f"data file {data} does not exist")
@@ -50,7 +54,7 @@ def run_session(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with _terminable() as terminated, Progress(*columns, console=console, transient=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         told = ["starting"]
@@ -69,8 +73,11 @@ def run_session(
             )  # fmt: skip
         except BaseException as error:  # a failure of any kind leaves no journal without finished work
             _leave_nothing(None if resume else journal, made)
-            if isinstance(error, Interrupted) and journal.exists() and not fresh:
-                raise Interrupted(f"{error}; --resume with the same options continues") from error
+            if isinstance(error, Interrupted):
+                hint = "; --resume with the same options continues" if journal.exists() and not fresh else ""
+                ended = Interrupted(f"{error}{hint}")
+                ended.exit_code = TERMINATED if terminated else ended.exit_code
+                raise ended from error
             raise
     paths = save_report(smap, directory)
     if json_output:
@@ -81,8 +88,44 @@ def run_session(
     if smap.to_record()["partial"]:
         hint = "" if fresh else "; --resume with the same options continues"
         print(f"aqnfx: interrupted; what is finished is in {directory}{hint}", file=sys.stderr)
-        raise typer.Exit(130)
+        raise typer.Exit(TERMINATED if terminated else INTERRUPTED)
     journal.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Let SIGTERM end the block as Ctrl-C does, once; the list then holds its number."""
+    seen: list[int] = []
+
+    def stop(number: int, _frame: Any) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: whoever runs this one decides
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_forecast(model: str, data: Path, options: dict[str, Any], *, json_output: bool) -> None:
+    """Print what :func:`run_session` would do and about how long it would take; nothing is written."""
+    if not data.exists():
+        raise InputError(f"data file {data} does not exist")
+    from aqnfx.diagnosis.forecast import forecast
+    from aqnfx.diagnosis.options import Options
+    from aqnfx.diagnosis.prepare import prepare
+
+    _keep_freed_memory()
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    wanted = Options(**options)
+    found = forecast(prepare(model, data, wanted, tell=lambda _: None), wanted)
+    print(json.dumps(found.to_record()) if json_output else "\n".join(found.lines()))
 
 
 def _keep_freed_memory() -> None:

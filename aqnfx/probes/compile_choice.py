@@ -62,11 +62,20 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
     noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
     noise_seconds = noise * len(batches) / _EAGER_NOISE_PER_SECOND
     saved = once * sweep.size * len(batches) * _COMPILE_GAIN
-    distinct = {block.fingerprint: len(block.module.graph.nodes) for block in cut(PartitionBlocks()(program))}
-    # Every distinct block is compiled with noise and without.
-    if saved > 2 * (_KERNEL_SECONDS + 2 * sum(distinct.values()) * _COMPILE_SECONDS_PER_NODE):
+    if saved > 2 * compile_seconds(program, "blocks"):
         return "blocks"
     return "noise kernel" if noise_seconds > 2 * _KERNEL_SECONDS else "none"
+
+
+def compile_seconds(program: Program, compiled: str) -> float:
+    """Return about how long it takes to compile what :data:`COMPILED` names, for the tagged ``program``."""
+    if compiled == "none":
+        return 0.0
+    if compiled == "noise kernel":
+        return _KERNEL_SECONDS
+    distinct = {block.fingerprint: len(block.module.graph.nodes) for block in cut(PartitionBlocks()(program))}
+    # Every distinct block is compiled with noise and without.
+    return _KERNEL_SECONDS + 2 * sum(distinct.values()) * _COMPILE_SECONDS_PER_NODE
 
 
 def _elements(shape: Sequence[int | str], tokens: int) -> int:

@@ -135,21 +135,28 @@ def measure(
     deadline = math.inf if seconds is None else started + seconds
     done = {} if journal is None else dict(journal.items)
     state = _State(sweep, batches, journal, done, rule=rule, deadline=deadline)
-    resumed, tell, interrupted, runs = state.runs, progress or (lambda _done, _total: None), True, 0
+    resumed, tell, interrupted = state.runs, progress or (lambda _done, _total: None), True
+    runs = tokens = 0
     with contextlib.suppress(KeyboardInterrupt):
         for outcome in (executor or InProcess(worker)).run(state.left()):
             state.take(outcome)
             runs += 1
+            tokens += batches[outcome.item[0]].input_ids.numel()
             if outcome.item[1] >= 0:
                 tell(state.runs, total)
         interrupted = False
     if state.failed and not any(item[1] >= 0 for item in state.done):
         item, error = next(iter(state.failed.items()))
         raise ProbeError(f"all {len(state.failed)} runs failed; {sweep.describe(item)}: {error}")
-    facts = {
-        "runs": runs, "resumed_items": resumed, "seconds": time.perf_counter() - started,
+    seconds_spent = time.perf_counter() - started
+    facts: dict[str, Any] = {
+        "runs": runs, "resumed_items": resumed, "seconds": seconds_spent, "tokens_per_second": tokens / seconds_spent,
         "peak_memory_mib": peak_memory_mib(batches[0].input_ids.device),
     }  # fmt: skip
+    if executor is None:
+        compiling = getattr(worker.engine, "compile_seconds", 0.0)
+        parts = {"compile": compiling, "run": worker.seconds["run"] - compiling, "statistics": worker.seconds["statistics"]}
+        facts["shares"] = {name: value / seconds_spent for name, value in parts.items()}
     if rule is not None or seconds is not None:
         facts |= {"wanted_runs": total, "settled_probes": len(state.settled), "out_of_time": state.late}
     return _collect(state, program, interrupted, noise_kind, {**(provenance or {}), **facts})

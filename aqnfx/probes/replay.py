@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,6 +75,13 @@ class BlockReplay:
         self._starts = sorted({self.first(sites) for sites in starts} - {0})
         self._kept: dict[int, Values] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+        """What the first calls of compiled blocks took: compiling, and one run of each."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._clean)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -128,7 +136,20 @@ class BlockReplay:
         if block.fingerprint not in self._calls:
             module = block.module
             self._calls[block.fingerprint] = torch.compile(module, dynamic=False) if self._compiled else module
+            return self._timed(self._calls[block.fingerprint])
         return self._calls[block.fingerprint]
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        if not self._compiled:
+            return call
+
+        def first(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            found = call(*arguments)
+            self.compile_seconds += time.perf_counter() - started
+            return found
+
+        return first
 
     def _logits(self, values: Values) -> torch.Tensor:
         return logits_of(self._program.unflatten(results(self._program, values)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,8 @@ class Worker:
         self._reference: Reference | None = None
         self._probe: Probe | None = None
         self._fired: set[Probe] = set()
+        self.seconds = {"run": 0.0, "statistics": 0.0}
+        """Seconds in forward passes and in scoring them."""
 
     def run(self, items: Sequence[Item]) -> Iterator[Outcome]:
         """Run items of one batch, one by one, with an outcome for the clean run too wherever one was needed.
@@ -129,7 +132,11 @@ class Worker:
         self._batch = -1  # until the clean run has succeeded
         self._switch(None, 0.0)
         self.program.controls.set_run(row_offset=batch.row_offset, step=0)
-        self._reference, clean = reference(batch, self.engine.clean(batch))
+        started = time.perf_counter()
+        logits = self.engine.clean(batch)
+        between = time.perf_counter()
+        self._reference, clean = reference(batch, logits)
+        self._spent(started, between)
         counted = {**clean, "tokens": batch.score_mask[: batch.size].sum(1).cpu().numpy()}
         scores = {name: values.tolist() for name, values in counted.items()}
         self._batch, self._clean = number, Outcome(item=clean_item(number), scores=scores)
@@ -152,10 +159,19 @@ class Worker:
         check = probe not in self._fired
         if check:
             self.program.controls.reset_hits()
+        started = time.perf_counter()
         logits = self.engine.noisy(probe.sites)
         if check:
             self._check_fired(probe)
-        return {name: values.tolist() for name, values in score(ref, logits).items()}
+        between = time.perf_counter()
+        found = {name: values.tolist() for name, values in score(ref, logits).items()}
+        self._spent(started, between)
+        return found
+
+    def _spent(self, started: float, between: float) -> None:
+        """Count a forward pass that ended at ``between``, and what came after it; devices finish with the scores."""
+        self.seconds["run"] += between - started
+        self.seconds["statistics"] += time.perf_counter() - between
 
     def _switch(self, probe: Probe | None, level: float) -> None:
         """Switch the noise of the last probe off and that of ``probe`` on."""

@@ -246,10 +246,14 @@ def _cost(cost: dict[str, Any]) -> list[str]:
         if any(value is not None for value in phase.values())
     ]  # fmt: skip
     header = ("Phase", "Forward passes", "Backward passes", "Seconds", "Peak memory by then, MiB")
+    speed = ""
+    if cost.get("tokens_per_second") is not None:
+        shares = ", ".join(f"{name} {percent(part)}" for name, part in cost.get("shares", {}).items())
+        speed = f" Measuring ran {cost['tokens_per_second']:.3g} tokens per second{f' ({shares} of its time)' if shares else ''}."
     where = "of the whole process, of PyTorch's allocator on CUDA; it only grows"
     return [
         "## Cost", "", *table(header, rows, right=(1, 2, 3, 4)), "",
-        md(f"Compiled: {cost.get('compile', MISSING)}. Memory is that {where}."),
+        md(f"Compiled: {cost.get('compile', MISSING)}. Memory is that {where}.{speed}"),
     ]  # fmt: skip
 
 

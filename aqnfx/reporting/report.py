@@ -17,7 +17,8 @@ from aqnfx.reporting.summary import model_name, summary_sentences
 SCHEMA = "aqnfx.diagnosis/1"
 FILES = {"map": "sensitivity_map.json", "report": "report.json", "markdown": "report.md"}
 COST_KEYS = (
-    "seconds", "runs", "peak_memory_mib", "compile", "predict", "activations", "metric", "confirm", "total_seconds",
+    "seconds", "runs", "tokens_per_second", "shares", "peak_memory_mib", "compile", "predict", "activations", "metric",
+    "confirm", "total_seconds",
 )  # fmt: skip
 
 

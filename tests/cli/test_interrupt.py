@@ -38,7 +38,8 @@ def saved(out: Path) -> dict[str, Any]:
     return record
 
 
-def test_ctrl_c_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     command = options(place, out)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,12 +57,12 @@ def test_ctrl_c_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130, stderr
+    assert process.returncode == code, stderr
     assert "Traceback" not in stdout + stderr
     assert stderr.splitlines() == [
         f"aqnfx: interrupted; what is finished is in {out}; --resume with the same options continues"

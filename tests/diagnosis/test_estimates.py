@@ -16,7 +16,10 @@ def test_paired_p_is_the_t_test() -> None:
 
 @pytest.mark.parametrize(
     ("row", "p"),
-    [([0.0, 0.0, 0.0], 1.0), ([2.0], 1.0), ([1.0, 1.0], 0.5), ([1.0] * 6, 2.0 * 0.5**6), ([1.0, 1.0, np.nan], 0.5), ([np.nan], np.nan)],
+    [
+        ([0.0, 0.0, 0.0], 1.0), ([2.0], 1.0), ([1.0, 1.0], 0.5), ([1.0] * 6, 2.0 * 0.5**6), ([1.0, 1.0, np.nan], 0.5),
+        ([np.nan], np.nan),
+    ],
 )
 def test_paired_p_without_scale(row: list[float], p: float) -> None:
     np.testing.assert_allclose(paired_p(np.asarray([row]))[0], p)

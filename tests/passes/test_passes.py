@@ -63,7 +63,8 @@ def test_contract_of_decompose_attention_on_a_model():
 
 
 def test_every_pass_has_a_contract_test():
-    assert {spec.split("{")[0] for _, spec in SPECS} == set(BUILTIN)
+    elsewhere = {"partition-blocks"}  # tests/passes/test_partition_blocks.py
+    assert {spec.split("{")[0] for _, spec in SPECS} == set(BUILTIN) - elsewhere
 
 
 def test_tag_passes_and_normalize_do_not_change_the_graph():

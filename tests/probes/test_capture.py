@@ -237,7 +237,7 @@ def test_nothing_but_zeros():
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan")])
 def test_a_threshold_must_be_positive(threshold):
-    with pytest.raises(InputError, match="must be positive"):
+    with pytest.raises(InputError, match="must be a positive number"):
         planted([1.0, 2.0]).outliers(UP, threshold)
 
 
