@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-import aqnfx.numerics.ops  # noqa: F401  (registers aqnfx::noise)
 from aqnfx.errors import PassError
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.tags import get_tag, static_size
+from aqnfx.numerics.noise import with_keys
+from aqnfx.numerics.ops import count_reference
 
 NOISE = (torch.ops.aqnfx.noise.default, torch.ops.aqnfx.count.default)
 
@@ -48,7 +50,8 @@ class Block:
 
     ``inputs`` and ``outputs`` name values of the whole graph (its inputs by their placeholder), ``attributes`` parameters
     and buffers of its module. Blocks with the same ``fingerprint`` compute the same function of tensors of the same
-    shapes and dtypes. ``noisy``: ids of the sites with a noise node in it.
+    shapes and dtypes. ``noisy``: ids of the sites with a noise node in it; ``pattern`` their places among those of the
+    whole graph's block.
     """
 
     number: int
@@ -58,10 +61,11 @@ class Block:
     outputs: tuple[str, ...]
     fingerprint: str
     noisy: tuple[str, ...]
+    pattern: tuple[int, ...]
 
 
-def cut(program: Program, *, noise: bool = True) -> tuple[Block, ...]:
-    """Return the blocks of ``program`` in order, without the noise nodes where ``noise`` is false.
+def cut(program: Program, *, noise: bool | Collection[str] = True) -> tuple[Block, ...]:
+    """Return the blocks of ``program`` in order, with the noise nodes of all sites, of none, or of those in ``noise``.
 
     Liveness decides what crosses: a block returns what any later block, or the output, reads. Value names are the same
     with and without noise. Raises :class:`PassError` before ``partition-blocks`` ran.
@@ -72,27 +76,36 @@ def cut(program: Program, *, noise: bool = True) -> tuple[Block, ...]:
     for node in program.graph.nodes:
         if node.op == "call_function":
             members.setdefault(_block(node), []).append(node)
-    return tuple(_extract(program, number, nodes, noise) for number, nodes in sorted(members.items()))
+    wanted = noise if not isinstance(noise, bool) else None
+    found = []
+    for number, nodes in sorted(members.items()):
+        sites = [str(get_tag(n).site) for n in nodes if n.target is NOISE[0]]
+        kept = frozenset(s for s in sites if (noise if wanted is None else s in wanted))
+        found.append(_extract(program, number, nodes, kept, tuple(i for i, s in enumerate(sites) if s in kept)))
+    return tuple(found)
 
 
 def _block(node: Node) -> int:
     return get_tag(node).block or 0
 
 
-def _extract(program: Program, number: int, nodes: Sequence[Node], noise: bool) -> Block:
+def _extract(
+    program: Program, number: int, nodes: Sequence[Node], kept: frozenset[str], pattern: tuple[int, ...]
+) -> Block:
     inside = set(nodes)
-    read = [n for node in nodes for n in (node.all_input_nodes if noise or node.target not in NOISE else node.args[:1])]
+    gone = {n for n in nodes if n.target in NOISE and get_tag(n).site not in kept}
+    read = [n for node in nodes for n in (node.args[:1] if node in gone else node.all_input_nodes)]
     # In order of first use: equal blocks then take their weights in the same order.
     outer = dict.fromkeys(n for n in read if isinstance(n, Node) and n not in inside)
     values = [n for n in outer if n.op != "get_attr"]
-    wanted = [n for n in outer if n.op == "get_attr" and (noise or any(u.target not in NOISE for u in n.users))]
+    wanted = [n for n in outer if n.op == "get_attr" and any(u in inside and u not in gone for u in n.users)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
     graph, copies = Graph(), {}
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
         copies[node].meta = dict(node.meta)
     for node in nodes:
-        if not noise and node.target in NOISE:
+        if node in gone:
             if isinstance(source := node.args[0], Node) and node.target is NOISE[0]:
                 copies[node] = copies[source]
             continue
@@ -102,8 +115,45 @@ def _extract(program: Program, number: int, nodes: Sequence[Node], noise: bool) 
     return Block(
         number=number, module=module, inputs=tuple(n.name for n in values), attributes=tuple(str(n.target) for n in wanted),
         outputs=tuple(n.name for n in live), fingerprint=_fingerprint(graph),
-        noisy=tuple(str(get_tag(n).site) for n in nodes if noise and n.target is NOISE[0]),
+        noisy=tuple(str(get_tag(n).site) for n in nodes if n.target is NOISE[0] and n not in gone), pattern=pattern,
     )  # fmt: skip
+
+
+def lower(block: Block) -> Block:
+    """Return the block with its noise as plain functions, which a compiler traces through and fuses with what is around.
+
+    Sites of one shape share one call of ``aqnfx::row_keys``. The result has a fingerprint of its own.
+    """
+    graph = Graph()
+    graph.output(graph.graph_copy(block.module.graph, {}))
+    groups: dict[tuple[Any, ...], list[Node]] = {}
+    for node in graph.nodes:
+        if node.target is NOISE[0]:
+            shape = node.args[0].meta["val"].shape
+            groups.setdefault((str(shape[:-1]), len(shape), node.args[6], node.args[3]), []).append(node)
+        elif node.target is NOISE[1]:
+            node.target = count_reference
+    for (_, _, batch, run), nodes in groups.items():
+        with graph.inserting_before(nodes[0]):
+            keys = graph.call_function(_group_keys, (nodes[0].args[0], batch, [n.args[2] for n in nodes], run))
+        for place, node in enumerate(nodes):
+            x, level, _, _, channels, cols, _, kind, channel_dim, *rest = node.args
+            node.target = _inlined
+            node.args = (x, level, keys, place, channels, cols, kind, channel_dim, rest[1] if len(rest) > 1 else False)
+    module = GraphModule(block.module, graph, class_name="Block")
+    return dataclasses.replace(block, module=module, fingerprint=f"{block.fingerprint} lowered")
+
+
+def _group_keys(x: torch.Tensor, batch: int, keys: list[torch.Tensor], run: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.aqnfx.row_keys(list(x.shape), batch, keys, run, 0)
+    return found
+
+
+def _inlined(
+    x: torch.Tensor, level: torch.Tensor, keys: torch.Tensor, place: int, channels: torch.Tensor | None,
+    cols: torch.Tensor | None, kind: str, channel_dim: int, keep_zeros: bool,
+) -> torch.Tensor:  # fmt: skip
+    return with_keys(x, level[0], keys[place], channels, cols, kind, channel_dim, keep_zeros)
 
 
 def _fingerprint(graph: Graph) -> str:

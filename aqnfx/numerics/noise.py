@@ -89,7 +89,10 @@ def row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase
 
 
 def host_row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase: int) -> Tensor:
-    """Return :func:`row_keys` for CPU tensors by NumPy: a fifth of the time, because calls dominate at this size."""
+    """Return :func:`row_keys` for CPU tensors by NumPy: a fifth of the time, because calls dominate at this size.
+
+    ``key`` may hold the keys of K sites that share a shape: int32 (K,) to (K, …) in front of the shape of one.
+    """
     golden = np.uint32(GOLDEN & 0xFFFFFFFF)
 
     def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -109,10 +112,10 @@ def host_row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, 
     sample, row = np.divmod(np.arange(shape[0], dtype=np.uint32), per_sample)
     if batch:
         sample += offset
-    keys: NDArray[np.uint32] = mix(mix(sample ^ base) + row.astype(np.uint32) * golden)
+    keys: NDArray[np.uint32] = mix(mix(sample ^ base[:, None]) + row.astype(np.uint32) * golden)
     for size in shape[1:-1]:
         keys = mix(keys[..., None] + np.arange(1, size + 1, dtype=np.uint32) * golden)
-    return torch.from_numpy(keys.view(np.int32))
+    return torch.from_numpy(keys.view(np.int32) if len(base) > 1 else keys[0].view(np.int32))
 
 
 def hashes(keys: Tensor, cols: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from aqnfx.errors import ProbeError
-from aqnfx.graph.blocks import Block, cut, output_names, results
+from aqnfx.graph.blocks import Block, cut, lower, output_names, results
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import attribute
 from aqnfx.probes.data import Batch
@@ -51,12 +52,14 @@ class WholeGraph:
 class BlockReplay:
     """Runs a program block by block; blocks before the first noisy one are not run again.
 
-    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy together)
-    begin, in at most ``memory`` bytes: where more would be needed, every second boundary is given up, and runs start
-    earlier. A block without a noisy site runs without noise nodes. ``compiled`` compiles every distinct block once with
-    and once without noise: weights and controls are its inputs. Results equal those of the whole graph, bit for bit
-    where nothing is compiled. Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a
-    program that is no language model.
+    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy
+    together) begin, in at most ``memory`` bytes: where more would be needed, every second boundary is given up, and
+    runs start earlier. A block has noise nodes at its noisy sites only. ``compiled`` compiles every distinct block
+    without noise, and with noise inlined at the set of sites that most of ``starts`` ask of it: weights and controls
+    are inputs, so that blocks that differ in them share the code. Blocks with other sets of sites are not worth
+    compiling and run as they are. Results equal those of the whole graph, bit for bit where nothing is compiled.
+    Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a program that is no language
+    model.
     """
 
     def __init__(
@@ -72,7 +75,10 @@ class BlockReplay:
         self._weights = {
             name: attribute(program.module, name).detach() for block in self._noisy for name in block.attributes
         }
-        self._starts = sorted({self.first(sites) for sites in starts} - {0})
+        asked = [tuple(sites) for sites in starts]
+        self._starts = sorted({self.first(sites) for sites in asked} - {0})
+        self._variants: dict[tuple[str, ...], tuple[Block, ...]] = {}
+        self._common = self._frequent(asked) if compiled else {}
         self._kept: dict[int, Values] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
@@ -118,12 +124,38 @@ class BlockReplay:
         """Run the current batch from the last kept boundary before the first of ``sites``."""
         if not self._kept:
             raise ProbeError("the clean run of a batch comes first")
-        first, active = self.first(sites), {self._home[site] for site in sites}
+        first, wanted = self.first(sites), tuple(sorted(set(sites)))
+        if wanted not in self._variants:
+            self._variants[wanted] = self._with_noise(wanted)
         start = max(place for place in self._kept if place <= first)
         values = dict(self._kept[start])
         for place in range(start, len(self._clean)):
-            self._step((self._noisy if place in active else self._clean)[place], place, values)
+            self._step(self._variants[wanted][place], place, values)
         return self._logits(values)
+
+    def _with_noise(self, sites: tuple[str, ...]) -> tuple[Block, ...]:
+        """Return the blocks with noise at ``sites``, lowered where that is compiled."""
+        found = []
+        for clean, block in zip(self._clean, cut(self._program, noise=frozenset(sites)), strict=True):
+            if not block.pattern:
+                found.append(clean)
+            elif self._common.get(clean.fingerprint) == block.pattern:
+                found.append(lower(block))
+            else:
+                found.append(block)
+        return tuple(found)
+
+    def _frequent(self, starts: Sequence[tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return, per distinct block, the set of noisy sites that most of its runs have."""
+        place = {site: i for block in self._noisy for i, site in enumerate(block.noisy)}
+        counts: dict[str, collections.Counter[tuple[int, ...]]] = {}
+        for sites in starts:
+            members: dict[int, list[int]] = {}
+            for site in set(sites):
+                members.setdefault(self._home[site], []).append(place[site])
+            for home, found in members.items():
+                counts.setdefault(self._clean[home].fingerprint, collections.Counter())[tuple(sorted(found))] += 1
+        return {fingerprint: counter.most_common(1)[0][0] for fingerprint, counter in counts.items()}
 
     def _step(self, block: Block, place: int, values: Values) -> None:
         arguments = [values[name] for name in block.inputs] + [self._weights[name] for name in block.attributes]
@@ -134,15 +166,13 @@ class BlockReplay:
     def _call(self, block: Block) -> Callable[..., Any]:
         # Equal blocks share one function, so that it is compiled once.
         if block.fingerprint not in self._calls:
-            module = block.module
-            self._calls[block.fingerprint] = torch.compile(module, dynamic=False) if self._compiled else module
-            return self._timed(self._calls[block.fingerprint])
+            compiled = self._compiled and (not block.pattern or block.fingerprint.endswith(" lowered"))
+            call = torch.compile(block.module, dynamic=False) if compiled else block.module
+            self._calls[block.fingerprint] = call
+            return self._timed(call) if compiled else call
         return self._calls[block.fingerprint]
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        if not self._compiled:
-            return call
-
         def first(*arguments: Any) -> Any:
             started = time.perf_counter()
             found = call(*arguments)
