@@ -47,7 +47,7 @@ def run_session(
     from aqnfx.reporting.console import print_summary
     from aqnfx.reporting.report import save_report
 
-    _keep_freed_memory()
+    keep_freed_memory()
     console = Console(stderr=json_output)
     warnings.filterwarnings("ignore", module="torch|transformers")
     columns = (
@@ -121,14 +121,14 @@ def run_forecast(model: str, data: Path, options: dict[str, Any], *, json_output
     from aqnfx.diagnosis.options import Options
     from aqnfx.diagnosis.prepare import prepare
 
-    _keep_freed_memory()
+    keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers")
     wanted = Options(**options)
     found = forecast(prepare(model, data, wanted, tell=lambda _: None), wanted)
     print(json.dumps(found.to_record()) if json_output else "\n".join(found.lines()))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep what it frees: else every large activation is mapped and faulted in anew, a fifth of a run."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

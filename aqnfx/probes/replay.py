@@ -111,7 +111,7 @@ class BlockReplay:
         for place, block in enumerate(self._clean):
             if place in self._starts and self._starts.index(place) % stride == 0:
                 self._kept[place] = dict(values)
-                while self._memory is not None and len(self._kept) > 1 and self._held() > self._memory:
+                while self._memory is not None and len(self._kept) > 1 and self.held > self._memory:
                     stride *= 2
                     gone = [p for i, p in enumerate(self._starts) if i % stride and p in self._kept]
                     # With one boundary left, none is what fits.
@@ -184,8 +184,9 @@ class BlockReplay:
     def _logits(self, values: Values) -> torch.Tensor:
         return logits_of(self._program.unflatten(results(self._program, values)))
 
-    def _held(self) -> int:
-        """Return the bytes of the kept tensors but the inputs, shared ones once."""
+    @property
+    def held(self) -> int:
+        """The bytes of the kept tensors but the inputs, shared ones once."""
         tensors = {id(v): v for place, values in self._kept.items() if place for v in values.values()
                    if isinstance(v, torch.Tensor)}  # fmt: skip
         inputs = {id(v) for v in self._kept[0].values()}

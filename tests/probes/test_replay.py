@@ -92,9 +92,9 @@ def test_the_bound_on_what_is_kept(llama: Program, share: float) -> None:
     with torch.no_grad():
         expected = free.clean(batch)
         assert free.kept == (0, 1, 2, 3, 4)
-        bounded = BlockReplay(llama, starts=starts, memory=int(share * free._held()))
+        bounded = BlockReplay(llama, starts=starts, memory=int(share * free.held))
         assert torch.equal(bounded.clean(batch), expected)
-        assert bounded._held() <= share * free._held()
+        assert bounded.held <= share * free.held
         assert (len(bounded.kept) == 5) == (share == 1.0)
         assert (bounded.kept == (0,)) == (share < 0.5)  # what all layers read is as large as two hidden states
         for sites in starts:
