@@ -11,7 +11,7 @@ from torch.fx import Node
 import aqnfx.numerics.score  # noqa: F401  (registers aqnfx::score)
 from aqnfx.errors import PassError
 from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
-from aqnfx.graph.opkinds import FINITE, OpKind, channel_dim
+from aqnfx.graph.opkinds import OpKind, channel_dim, may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
@@ -91,7 +91,8 @@ class InsertScore(Pass):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             args = (
                 anchor_node, anchor, run, hits, table, channels, sketch, index, sample_count(value, batch),
-                str(self.kind), list(names), dim, site.op == OpKind.SOFTMAX, site.op not in FINITE,
+                str(self.kind), list(names), dim, site.op == OpKind.SOFTMAX,
+                may_be_infinite(site.op, site.region),
             )  # fmt: skip
             insert_after(
                 anchor_node, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name, site=site.id

@@ -33,10 +33,17 @@ class OpKind(StrEnum):
 
 CORE = frozenset({OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM})
 EXTENDED = CORE | {OpKind.SOFTMAX, OpKind.SILU, OpKind.GELU, OpKind.LAYER_NORM, OpKind.RMS_NORM}
-# What comes out of these is finite in a model that works; elsewhere (sums, selections) a mask may have left infinities.
-FINITE = EXTENDED | {OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM, OpKind.RELU, OpKind.GLU, OpKind.ROTARY}
 OP_SETS: dict[str, frozenset[OpKind]] = {"core": CORE, "extended": EXTENDED, "all": frozenset(OpKind)}
 
+
+
+def may_be_infinite(op: OpKind, region: str) -> bool:
+    """Return whether a mask may have left infinities in a value: in sums of attention scores, and in masks themselves.
+
+    Anywhere else a value that is not finite is a fault of the model.
+    """
+    sums = op in (OpKind.ADD, OpKind.OTHER)
+    return region == "position" or (region in ("attention", "other") and sums)
 
 
 def channel_dim(op: OpKind, dims: int) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, ProbeError, nearest
 from aqnfx.graph.captures import CaptureBuffers
-from aqnfx.graph.opkinds import FINITE
+from aqnfx.graph.opkinds import may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
 from aqnfx.numerics.capture import (
@@ -181,7 +181,7 @@ def collect(program: Program, **facts: Any) -> Captures:
     A sum or selection that holds infinities, as an added mask leaves them, is left out. Raises :class:`PassError` without
     capture nodes, :class:`ProbeError` where a site counted nothing or met another value or gradient that is not finite.
     """
-    buffers, ops = CaptureBuffers.of(program.module), {site.id: site.op for site in program.sites}
+    buffers, ops = CaptureBuffers.of(program.module), {site.id: site for site in program.sites}
     records = {}
     for site, pair in buffers.sites.items():
         channels, totals = (tensor.detach().to("cpu", copy=True).numpy() for tensor in pair)
@@ -190,7 +190,7 @@ def collect(program: Program, **facts: Any) -> Captures:
                 f"nothing was counted at {site}; run the program on samples that are not all padding first"
             )
         broken = np.flatnonzero(~np.isfinite(channels[:SMALLEST]).all(axis=0))
-        if broken.size and ops[site] not in FINITE:
+        if broken.size and may_be_infinite(ops[site].op, ops[site].region):
             continue  # a mask was added to it: its infinities are meant
         if broken.size:
             raise ProbeError(
