@@ -65,7 +65,7 @@ def sweep(record: dict[str, Any]) -> str:
         for kind in ("layer", "window", "operator"):
             for name, seconds in found[kind]["seconds"].items():
                 lines.append(f"| {kind} | {found[kind]['runs']} | {name} | {seconds:.1f} | {found[kind]['speed'][name]:.2f}× |")
-        lines += ["", f"Compiling and the first run of every block, apart: {found['compile_s']:.1f} s."]
+        lines += ["", f"The first run of every block, apart (code from the compiler's cache): {found['compile_s']:.1f} s."]
     if "compile" in record:
         text = ", ".join(f"{layers} layers {seconds:.1f} s" for layers, seconds in record["compile"].items())
         lines += ["", f"Compiling the engine with noise at every linear, from an empty cache: {text}."]

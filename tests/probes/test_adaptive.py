@@ -41,30 +41,48 @@ def test_clear_cases_are_settled_and_close_ones_are_not() -> None:
     # Scores 0.5, 5 and 2.9 against the boundary of 3; 0.15 apart in score counts as equal.
     rates = [0.05, 0.5, 0.29]
     done = outcomes(rates, 6, 16, seed=0)
-    left = StoppingRule().unsettled(sweep(3), done, 6, total=6)
+    left = StoppingRule().unsettled(sweep(3), done, 6, total=7)
     assert left == {2}
-    assert StoppingRule().unsettled(sweep(3), done, 1, total=6) == {0, 1, 2}  # 16 samples are too few for anything
-    assert StoppingRule().unsettled(sweep(3), {}, 0, total=6) == {0, 1, 2}
+    assert StoppingRule().unsettled(sweep(3), done, 1, total=7) == {0, 1, 2}  # 16 samples are too few for anything
+    assert StoppingRule().unsettled(sweep(3), {}, 0, total=7) == {0, 1, 2}
+    assert StoppingRule().unsettled(sweep(3), done, 5, total=7) == {0, 1, 2}  # no time to look
+
+
+def test_looks_are_few_and_never_at_the_end() -> None:
+    for total in range(1, 200):
+        looks = StoppingRule().looks(total)
+        assert len(looks) <= 6
+        assert list(looks) == sorted(set(looks))
+        assert all(0 < look < total for look in looks)
+    assert StoppingRule().looks(10) == (2, 3, 4, 5, 6, 8)
 
 
 def test_neighbours_that_cannot_be_ordered_stay() -> None:
-    rule = StoppingRule(tie=0.0)
+    rule = StoppingRule(tie=0.0, patience=2.0)
     done = outcomes([0.05, 0.05, 0.6], 6, 16, seed=1)
-    assert rule.unsettled(sweep(3), done, 6, total=6) == {0, 1}
-    wide = outcomes([0.05, 0.05, 0.6], 60, 16, seed=1)
-    assert StoppingRule().unsettled(sweep(3), wide, 60, total=60) == set()  # equal within the tie
+    assert rule.unsettled(sweep(3), done, 6, total=7) == {0, 1}
+    wide = outcomes([0.05, 0.05, 0.6], 64, 16, seed=1)
+    assert StoppingRule().unsettled(sweep(3), wide, 64, total=100) == set()  # equal within the tie
+
+
+def test_what_no_number_of_samples_here_would_settle_is_given_up_late() -> None:
+    rates = [0.05, 0.05, 0.6]  # the first two are equal, and no tie is allowed
+    done = outcomes(rates, 10, 16, seed=1)
+    rule = StoppingRule(tie=0.0)
+    assert {0, 1} <= rule.unsettled(sweep(3), done, 4, total=10)
+    assert rule.unsettled(sweep(3), done, 5, total=10) == set()
 
 
 def test_samples_that_all_agree_do_not_settle_at_once() -> None:
     done = outcomes([0.0, 0.0], 3, 8, seed=0)
     assert StoppingRule().unsettled(sweep(2), done, 3, total=10) == {0, 1}  # none in 24 may still be one in seven
     done = outcomes([0.0, 0.0], 100, 8, seed=0)
-    assert StoppingRule().unsettled(sweep(2), done, 100, total=100) == set()
+    assert StoppingRule().unsettled(sweep(2), done, 85, total=100) == set()
 
 
 def test_a_settled_class_is_wrong_as_rarely_as_promised() -> None:
     """Over all looks a true score just below a boundary is put above it in less than 5 % of runs."""
-    rule, wrong, runs, looks = StoppingRule(tie=1e9), 0, 300, 8
+    rule, wrong, runs, looks = StoppingRule(tie=1e9, patience=2.0), 0, 300, 8
     for seed in range(runs):
         done = outcomes([0.149], looks, 12, seed)  # score 1.49, class robust
         for batches in range(2, looks + 1):
