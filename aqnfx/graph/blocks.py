@@ -51,7 +51,7 @@ class Block:
     ``inputs`` and ``outputs`` name values of the whole graph (its inputs by their placeholder), ``attributes`` parameters
     and buffers of its module. Blocks with the same ``fingerprint`` compute the same function of tensors of the same
     shapes and dtypes. ``noisy``: ids of the sites with a noise node in it; ``pattern`` their places among those of the
-    whole graph's block.
+    whole graph's block. ``lowered``: the noise is plain functions for a compiler.
     """
 
     number: int
@@ -62,13 +62,17 @@ class Block:
     fingerprint: str
     noisy: tuple[str, ...]
     pattern: tuple[int, ...]
+    lowered: bool = False
 
 
-def cut(program: Program, *, noise: bool | Collection[str] = True) -> tuple[Block, ...]:
+def cut(
+    program: Program, *, noise: bool | Collection[str] = True, only: Collection[int] | None = None
+) -> tuple[Block, ...]:
     """Return the blocks of ``program`` in order, with the noise nodes of all sites, of none, or of those in ``noise``.
 
-    Liveness decides what crosses: a block returns what any later block, or the output, reads. Value names are the same
-    with and without noise. Raises :class:`PassError` before ``partition-blocks`` ran.
+    ``only`` names the numbers of the blocks that are wanted. Liveness decides what crosses: a block returns what any
+    later block, or the output, reads. Value names are the same with and without noise. Raises :class:`PassError`
+    before ``partition-blocks`` ran.
     """
     if not program.ran("partition-blocks"):
         raise PassError("the program has no blocks; run the pass partition-blocks first")
@@ -79,6 +83,8 @@ def cut(program: Program, *, noise: bool | Collection[str] = True) -> tuple[Bloc
     wanted = noise if not isinstance(noise, bool) else None
     found = []
     for number, nodes in sorted(members.items()):
+        if only is not None and number not in only:
+            continue
         sites = [str(get_tag(n).site) for n in nodes if n.target is NOISE[0]]
         kept = frozenset(s for s in sites if (noise if wanted is None else s in wanted))
         found.append(_extract(program, number, nodes, kept, tuple(i for i, s in enumerate(sites) if s in kept)))
@@ -141,7 +147,7 @@ def lower(block: Block) -> Block:
             node.target = _inlined
             node.args = (x, level, keys, place, channels, cols, kind, channel_dim, rest[1] if len(rest) > 1 else False)
     module = GraphModule(block.module, graph, class_name="Block")
-    return dataclasses.replace(block, module=module, fingerprint=f"{block.fingerprint} lowered")
+    return dataclasses.replace(block, module=module, fingerprint=f"{block.fingerprint} lowered", lowered=True)
 
 
 def _group_keys(x: torch.Tensor, batch: int, keys: list[torch.Tensor], run: torch.Tensor) -> torch.Tensor:

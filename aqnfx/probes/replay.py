@@ -77,7 +77,7 @@ class BlockReplay:
         }
         asked = [tuple(sites) for sites in starts]
         self._starts = sorted({self.first(sites) for sites in asked} - {0})
-        self._variants: dict[tuple[str, ...], tuple[Block, ...]] = {}
+        self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
         self._common = self._frequent(asked) if compiled else {}
         self._kept: dict[int, Values] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
@@ -124,26 +124,26 @@ class BlockReplay:
         """Run the current batch from the last kept boundary before the first of ``sites``."""
         if not self._kept:
             raise ProbeError("the clean run of a batch comes first")
-        first, wanted = self.first(sites), tuple(sorted(set(sites)))
-        if wanted not in self._variants:
-            self._variants[wanted] = self._with_noise(wanted)
+        first = self.first(sites)
+        active: dict[int, list[str]] = {}
+        for site in sites:
+            active.setdefault(self._home[site], []).append(site)
         start = max(place for place in self._kept if place <= first)
         values = dict(self._kept[start])
         for place in range(start, len(self._clean)):
-            self._step(self._variants[wanted][place], place, values)
+            block = self._with_noise(place, active[place]) if place in active else self._clean[place]
+            self._step(block, place, values)
         return self._logits(values)
 
-    def _with_noise(self, sites: tuple[str, ...]) -> tuple[Block, ...]:
-        """Return the blocks with noise at ``sites``, lowered where that is compiled."""
-        found = []
-        for clean, block in zip(self._clean, cut(self._program, noise=frozenset(sites)), strict=True):
-            if not block.pattern:
-                found.append(clean)
-            elif self._common.get(clean.fingerprint) == block.pattern:
-                found.append(lower(block))
-            else:
-                found.append(block)
-        return tuple(found)
+    def _with_noise(self, place: int, sites: Sequence[str]) -> Block:
+        """Return a block with noise at ``sites`` only, lowered where that is compiled."""
+        key = place, tuple(sorted(set(sites)))
+        if key not in self._variants:
+            clean = self._clean[place]
+            (block,) = cut(self._program, noise=frozenset(sites), only=(clean.number,))
+            common = self._common.get(clean.fingerprint) == block.pattern
+            self._variants[key] = lower(block) if common else block
+        return self._variants[key]
 
     def _frequent(self, starts: Sequence[tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
         """Return, per distinct block, the set of noisy sites that most of its runs have."""
@@ -166,7 +166,7 @@ class BlockReplay:
     def _call(self, block: Block) -> Callable[..., Any]:
         # Equal blocks share one function, so that it is compiled once.
         if block.fingerprint not in self._calls:
-            compiled = self._compiled and (not block.pattern or block.fingerprint.endswith(" lowered"))
+            compiled = self._compiled and (not block.pattern or block.lowered)
             call = torch.compile(block.module, dynamic=False) if compiled else block.module
             self._calls[block.fingerprint] = call
             return self._timed(call) if compiled else call
