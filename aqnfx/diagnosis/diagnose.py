@@ -37,7 +37,7 @@ from aqnfx.probes.journal import Journal, recorded_identity
 from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
-from aqnfx.probes.ray_executor import RayExecutor
+from aqnfx.probes.ray_executor import RayExecutor, identity_of
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
 
@@ -170,9 +170,10 @@ def executor_for(recipe: Recipe, program: Program, options: Options) -> Iterator
             raise InputError("executor devices was asked, and this machine has no accelerator; leave the option out")
         yield Threads([recipe(name) for name in names[: options.workers or len(names)]])
         return
-    identity = f"{program.original} {program.pipeline}"
     gpu = torch.device(options.device).type != "cpu"
-    cluster = RayExecutor(recipe, identity=identity, address=options.executor, workers=options.workers, gpu=gpu)
+    cluster = RayExecutor(
+        recipe, identity=identity_of(program), address=options.executor, workers=options.workers, gpu=gpu
+    )
     try:
         yield cluster
     finally:

@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from aqnfx.errors import AqnfxError, InputError, ProbeError
+from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.program import Program
 from aqnfx.probes.executors import Unit
 from aqnfx.probes.work import Outcome, Worker
 
 LOST = 3
 """How many times as many workers as there are may be lost before the run gives up."""
 _LOCAL = "ray"
+
+
+def identity_of(program: Program) -> str:
+    """Return what must be equal for two programs to give the same scores: graph, passes and weights."""
+    return f"{program.original} {program.pipeline} {model_digest(program)}"
 
 
 class _Actor:
@@ -26,8 +33,8 @@ class _Actor:
         self._worker = build()
 
     def identity(self) -> str:
-        """Return the graph that this worker runs, with its passes."""
-        return f"{self._worker.program.original} {self._worker.program.pipeline}"
+        """Return what this worker runs, see :func:`identity_of`."""
+        return identity_of(self._worker.program)
 
     def run(self, unit: Unit) -> list[Outcome]:
         """Run one unit."""
@@ -38,9 +45,9 @@ class RayExecutor:
     """Runs units on ``workers`` Ray actors, each with a worker made by ``build``, which must be picklable.
 
     ``address`` is "ray" (a cluster of this machine, started here) or "ray://HOST:PORT" or what else Ray takes. A unit
-    whose worker dies is run by another one, and the worker is replaced. ``identity`` is what every worker's graph must be.
-    Raises :class:`InputError` without Ray or without the cluster, :class:`ProbeError` when a worker has another graph or
-    too many die.
+    whose worker dies is run by another one, and the worker is replaced. ``identity`` is :func:`identity_of` every worker's
+    program. Raises :class:`InputError` without Ray or without the cluster, :class:`ProbeError` when a worker has another
+    graph or other weights, or too many die.
     """
 
     def __init__(
@@ -123,8 +130,8 @@ class RayExecutor:
             raise ProbeError(f"a Ray worker could not be made: {_last_line(str(error))}") from error
         if found != self._identity:
             raise ProbeError(
-                "a Ray worker traced the model to another graph than this process: its versions of torch, transformers or "
-                "aqnfx differ; install the same ones everywhere"
+                "a Ray worker has another graph or other weights than this process: the model's files, or the versions of "
+                "torch, transformers or aqnfx, differ there; make them the same"
             )
         return actor
 

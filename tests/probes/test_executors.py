@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from aqnfx.diagnosis.diagnose import executor_for, run
 from aqnfx.diagnosis.options import Options
@@ -210,10 +211,10 @@ class Deadly:
 def test_a_killed_ray_worker_is_replaced(
     cluster: Any, directory: Path, alone: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aqnfx.probes.ray_executor import RayExecutor
+    from aqnfx.probes.ray_executor import RayExecutor, identity_of
 
     setup = Setup(directory, executor="ray", workers=2)
-    identity = f"{setup.program.original} {setup.program.pipeline}"
+    identity = identity_of(setup.program)
     mark = tmp_path / "killed"
     executor = RayExecutor(Deadly(setup.recipe, mark), identity=identity, workers=2)
     assert same(setup.measure(executor), alone)
@@ -228,11 +229,16 @@ def test_a_killed_ray_worker_is_replaced(
 @pytest.mark.slow
 @quiet
 def test_ray_misuse_is_refused(cluster: Any, directory: Path) -> None:
-    from aqnfx.probes.ray_executor import RayExecutor
+    from aqnfx.probes.ray_executor import RayExecutor, identity_of
 
     setup = Setup(directory, executor="ray", workers=1)
     with pytest.raises(InputError, match="3 workers asked; the Ray cluster has 2 CPUs"):
         RayExecutor(setup.recipe, identity="", workers=3)
-    other = RayExecutor(setup.recipe, identity="another graph", workers=1)
-    with pytest.raises(ProbeError, match="traced the model to another graph than this process"):
+    weight = next(setup.program.module.parameters())
+    before = identity_of(setup.program)
+    with torch.no_grad():
+        weight[0, 0] += 1.0
+    assert identity_of(setup.program) != before  # the same graph, one other weight
+    other = RayExecutor(setup.recipe, identity=identity_of(setup.program), workers=1)
+    with pytest.raises(ProbeError, match="another graph or other weights than this process"):
         setup.measure(other)
