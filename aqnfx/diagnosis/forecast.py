@@ -79,7 +79,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
         predict = once * len(work) * (1.0 + _BACKWARD * options.draws)
     blocks = max(1, engine.blocks)
     share = sum(1.0 - engine.first(p.sites) / blocks for p in ready.probes) / max(1, len(ready.probes))
-    runs = min(probes, len(sweep.probes) + sum(CHECKS["site"])) * len(sweep.levels) * len(seeds) * len(work)
+    runs = probes * len(sweep.levels) * len(seeds) * len(work)
     return Forecast(
         probes=probes, batches=len(work), runs=runs, share=share, tokens=sum(b.input_ids[: b.size].numel() for b in work),
         compiled=compiled, forward_seconds=once, predict_seconds=predict,

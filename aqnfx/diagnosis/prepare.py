@@ -185,6 +185,12 @@ def plan(
                 notes.append(f"windows hold {window} layers, because no more are selected")
     if options.checkpoint and options.method == "measure" and options.metric != "fisher-trace":
         notes.append("nothing was predicted, so there was nothing to checkpoint")
+    if options.method == "measure":
+        plain = Options()
+        unread = ["outlier_threshold"] if options.outlier_threshold != plain.outlier_threshold else []
+        unread += ["draws"] if options.draws != plain.draws and options.metric is None else []
+        if unread:
+            notes.append(f"{' and '.join(unread)} did nothing: method measure predicts nothing")
     if "window" in kinds and options.step > window:
         notes.append(f"step {options.step} is larger than the window of {window}: some layers are in no window")
     probes = plan_probes(program, selector, kinds=kinds, window=window, step=options.step)

@@ -13,7 +13,7 @@ from aqnfx.diagnosis.recommend import Recommendation, recommend
 from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
 from aqnfx.numerics.metrics import classify_window
 from aqnfx.reporting.summary import model_name, summary_sentences
-from aqnfx.reporting.text import factor, nats, percent, percent_range, window_name
+from aqnfx.reporting.text import factor, loss_class, nats, percent, percent_range, window_name
 
 MAX_LAYERS = 40
 BAR = 8
@@ -125,7 +125,7 @@ def _windows(smap: SensitivityMap) -> Table | None:
             percent_range(window.get("degradation_ci")),
             nats(window["measured"]),
             factor(window["amplification"]) + ("+" if window.get("superadditive") else ""),
-            Text(str(window.get("class")), style=HEAT.get(str(window.get("class")), "dim")),
+            Text(loss_class(window), style=HEAT.get(str(window.get("class")), "dim")),
         )
     return grid
 

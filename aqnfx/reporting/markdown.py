@@ -14,6 +14,7 @@ from aqnfx.reporting.text import (
     factor_range,
     flatten,
     half_width,
+    loss_class,
     names,
     nats,
     nats_range,
@@ -152,7 +153,7 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     body = [
         (
             window_name(window["layers"]), percent(window.get("degradation")) + (" (est.)" if window.get("estimated") else ""),
-            percent_range(window.get("degradation_ci")), _loss_class(window),
+            percent_range(window.get("degradation_ci")), loss_class(window),
             nats(window["measured"]) if not window.get("estimated") else "not measured",
             nats_range(window.get("ci")) if not window.get("estimated") else MISSING, nats(window["predicted"]),
             factor(window["amplification"]), factor_range(window.get("amplification_ci")),
@@ -169,12 +170,6 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     )  # fmt: skip
     title = f"## Windows at level {smap.base_level:g}"
     return [title, "", md(found), "", *table(header, body, right=(1, 4, 6, 7))]
-
-
-def _loss_class(window: dict[str, Any]) -> str:
-    """Return the class of a window's degradation; the word avalanche is kept for what exceeds its prediction."""
-    name = {"avalanche": "very high"}.get(str(window.get("class", MISSING)), str(window.get("class", MISSING)))
-    return f"{name} (est.)" if window.get("estimated") else name
 
 
 def _avalanche(window: dict[str, Any]) -> str:

@@ -108,3 +108,10 @@ def _plain(value: float, digits: int) -> str:
         return f"{value:.1g}"
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0.0 else text
+
+
+def loss_class(window: dict[str, Any]) -> str:
+    """Return the class of a window's degradation; the word avalanche is kept for what exceeds its prediction."""
+    name = str(window.get("class", MISSING))
+    name = "very high" if name == "avalanche" else name
+    return f"{name} (est.)" if window.get("estimated") else name

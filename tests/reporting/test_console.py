@@ -40,7 +40,7 @@ def test_content_fits_80_columns(smap: SensitivityMap) -> None:
     assert "silu *" in silent
     assert "█" not in silent
     window = next(line for line in lines if line.strip().startswith("1-3 !"))
-    assert "avalanche" in window
+    assert "very high" in window
     assert "+" in window
     assert "Recommendations" in text
     assert "keep in fp16 or higher" in text
