@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from aqnfx.errors import AqnfxError, InputError, ProbeError
@@ -44,7 +45,8 @@ class _Actor:
 class RayExecutor:
     """Runs units on ``workers`` Ray actors, each with a worker made by ``build``, which must be picklable.
 
-    ``address`` is "ray" (a cluster of this machine, started here) or "ray://HOST:PORT" or what else Ray takes. A unit
+    ``address`` is "ray" (the cluster that RAY_ADDRESS names, else one of this machine, started here and ended with this
+    executor) or "ray://HOST:PORT" (a cluster's client port), or what else Ray takes. A unit
     whose worker dies is run by another one, and the worker is replaced. ``identity`` is :func:`identity_of` every worker's
     program. Raises :class:`InputError` without Ray or without the cluster, :class:`ProbeError` when a worker has another
     graph or other weights, or too many die.
@@ -53,6 +55,7 @@ class RayExecutor:
     def __init__(
         self, build: Callable[[], Worker], *, identity: str, address: str = _LOCAL, workers: int | None = None, gpu: bool = False
     ) -> None:
+        _use_token(address)
         try:
             import ray
         except ImportError as error:
@@ -77,12 +80,19 @@ class RayExecutor:
         # Workers must not wait for each other's spinning threads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        where: dict[str, Any] = {"include_dashboard": False} if address == _LOCAL else {"address": address}
+        where: dict[str, Any] = {"address": address}
+        if address == _LOCAL:
+            # Not Ray's own search: it stops at the address of a cluster that has ended since.
+            where = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         try:
             self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            line = (str(error).splitlines() or ["no answer"])[0]
-            raise InputError(f"the Ray cluster {address!r} cannot be reached: {line}") from error
+        except (ConnectionError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
+            line = (str(error).splitlines() or ["no answer"])[0].rstrip(".")
+            asked = os.environ.get("RAY_ADDRESS", address) if address == _LOCAL else address
+            raise InputError(
+                f"the Ray cluster {asked!r} cannot be reached: {line}; check its address and client port, and, where it asks "
+                "for a token, RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from error
 
     def run(self, units: Iterable[Unit]) -> Iterator[Outcome]:
         """Run the units wherever a worker is free; the outcomes of a unit come together."""
@@ -139,6 +149,20 @@ class RayExecutor:
         """Leave the cluster, if this executor joined it."""
         if self._started and self._ray.is_initialized():
             self._ray.shutdown()
+
+
+def _use_token(address: str) -> None:
+    """Let Ray's client send the token of the user, if there is one, as ``ray start`` does; read when Ray is imported.
+
+    Without it a cluster that asks for one never answers, and the client reports a timeout. Ray 2.60's client leaves it out
+    unless RAY_AUTH_MODE says so (ray/_private/authentication/authentication_token_setup.py); a cluster that asks for none
+    does not mind.
+    """
+    if not address.startswith("ray://") or "RAY_AUTH_MODE" in os.environ:
+        return
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _original(error: Any) -> BaseException:

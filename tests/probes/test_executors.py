@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -165,9 +170,83 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        # "local": without it Ray looks for the last cluster of this machine first, and fails when that one has ended.
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The client address of a Ray cluster in processes of its own, which asks for a token, and what its clients need."""
+    pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as place:  # a short path: sockets are made in it
+        client = {**os.environ, "RAY_TMPDIR": place, "RAY_AUTH_TOKEN": "0" * 64}
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+        start += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={port}"]
+        start += ["--include-dashboard=false", "--disable-usage-stats"]
+        with (tmp_path / "head.txt").open("w") as log:
+            process = subprocess.Popen(start, env={**client, "RAY_AUTH_MODE": "token"}, stdout=log, stderr=log)
+        try:
+            yield f"ray://127.0.0.1:{port}", client
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_cluster_elsewhere_is_joined_as_client(
+    head: tuple[str, dict[str, str]], directory: Path, alone: Measurements, tmp_path: Path
+) -> None:
+    address, environment = head
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\n"
+        "from aqnfx.diagnosis.diagnose import run\n"
+        "from aqnfx.diagnosis.options import Options\n"
+        "model, text, options = json.loads(sys.argv[1])\n"
+        "for name in ('levels', 'probes'): options[name] = tuple(options[name])\n"
+        "found = run(model, text, Options(**options))\n"
+        "print(json.dumps({name: scores.tolist() for name, scores in found.scores.items()}))\n"
+    )
+    options = {**QUICK, "executor": address, "workers": 2}
+    process = subprocess.run(
+        [sys.executable, str(script), json.dumps([str(directory), TEXT, options])],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+    scores = json.loads(process.stdout.splitlines()[-1])
+    assert scores.keys() == alone.scores.keys()
+    assert all(np.array_equal(np.array(values, alone.scores[name].dtype), alone.scores[name]) for name, values in scores.items())
+
+
+@pytest.mark.parametrize("token", [None, "RAY_AUTH_TOKEN"])
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str | None) -> None:
+    pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
+    from aqnfx.probes.ray_executor import RayExecutor
+
+    def silent(address: str, **_: Any) -> None:
+        assert address == "ray://nowhere:10001"
+        raise ConnectionError("ray client connection timeout")
+
+    monkeypatch.setattr("ray.init", silent)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no token of the user's
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
+    if token:
+        monkeypatch.setenv(token, "0" * 64)
+    with pytest.raises(InputError, match=r"^the Ray cluster 'ray://nowhere:10001' cannot be reached: ray client conn.*; check"):
+        RayExecutor(lambda: None, identity="", address="ray://nowhere:10001")  # type: ignore[arg-type,return-value]
+    assert os.environ.get("RAY_AUTH_MODE") == ("token" if token else None)
 
 
 # Ray opens files and sockets that it closes when the process ends.
