@@ -102,7 +102,7 @@ def run(
         probes = _recorded_probes(tuple(candidates), journal, options) or probes
     seeds = tuple(range(options.seed, options.seed + options.seeds))
     sweep = Sweep(probes=probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
-    work = ready.batches(options, ready.longest if options.compile == "yes" else None)
+    work = ready.batches(options)
     earlier = recorded_identity(Path(journal)).get("compile") if journal is not None else None
     if options.compile == "auto" and earlier in COMPILED:  # the choice depends on timing, and a run must not mix them
         compiled = earlier

@@ -69,6 +69,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
         started = time.perf_counter()
         engine.clean(work[0])
         once = time.perf_counter() - started
+    passes = sum(batch.input_ids.numel() for batch in work) / work[0].input_ids.numel()  # batches differ in length
     probes, predict = len(ready.probes), 0.0
     if options.method != "measure":
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
@@ -76,7 +77,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
         # Windows around critical layers are not known yet: all of them at most.
         probes = sum(n if kind in ("window", "all") and options.method == "both" else min(n, sum(counts.get(kind, (0, 0))))
                      for kind, n in listed.items()) + sum(counts["site"])  # fmt: skip
-        predict = once * len(work) * (1.0 + _BACKWARD * options.draws)
+        predict = once * passes * (1.0 + _BACKWARD * options.draws)
     blocks = max(1, engine.blocks)
     share = sum(1.0 - engine.first(p.sites) / blocks for p in ready.probes) / max(1, len(ready.probes))
     runs = probes * len(sweep.levels) * len(seeds) * len(work)
@@ -84,7 +85,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
         probes=probes, batches=len(work), runs=runs, share=share, tokens=sum(b.input_ids[: b.size].numel() for b in work),
         compiled=compiled, forward_seconds=once, predict_seconds=predict,
         compile_seconds=compile_seconds(ready.program, compiled),
-        measure_seconds=once * (len(work) + runs * share),
+        measure_seconds=once * passes * (1 + runs / len(work) * share),
     )  # fmt: skip
 
 

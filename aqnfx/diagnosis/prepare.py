@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +21,7 @@ from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture
-from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
 from aqnfx.probes.forward import eager_forward, is_causal
 from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
@@ -51,10 +52,10 @@ class Prepared:
     tokenizer: Any
     notes: tuple[str, ...]
 
-    def batches(self, options: Options, length: int | None = None) -> list[Batch]:
-        """Return the samples as batches on the device, padded to ``length`` or each to its own longest sample."""
+    def batches(self, options: Options) -> list[Batch]:
+        """Return the samples as batches on the device, each padded to its own longest sample unless a length is fixed."""
         size = min(options.batch_size, len(self.encoded))
-        made = make_batches(self.encoded, batch_size=size, pad_id=self.pad, fixed_length=length or self.fixed)
+        made = make_batches(self.encoded, batch_size=size, pad_id=self.pad, fixed_length=self.fixed)
         return [batch.to(options.device) for batch in made]
 
 
@@ -70,6 +71,8 @@ def prepare(
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
+    # An adaptive run looks at its first batches: they must be like all others.
+    encoded = encoded if options.adaptive or options.budget else by_length(encoded)
     tell("tracing")
     longest = max(len(e.input_ids) for e in encoded)
     tagged = tag(model if isinstance(model, Program) else _trace(model, longest), options)
@@ -138,15 +141,18 @@ class Recipe:
 def instrument(
     ready: Prepared, options: Options, sweep: Sweep, compiled: str
 ) -> tuple[Program, BlockReplay, list[Batch]]:
-    """Return the program with noise nodes, the engine that runs it, and the batches in the shape that this needs."""
+    """Return the program with noise nodes, the engine that runs it, and the batches in the order in which to run them."""
     kernel = str(compiled != "none").lower()
     insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
     noisy = Pipeline.parse(insert)(ready.program)
-    blocks = compiled == "blocks"
     engine = BlockReplay(
-        noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, compiled=blocks
+        noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, compiled=compiled == "blocks"
     )
-    return noisy, engine, ready.batches(options, ready.longest if blocks else None)
+    batches = ready.batches(options)
+    if ready.encoded[0].number is not None:
+        # Short samples and long ones in turn, so that what an interrupted run has finished is no choice of lengths.
+        batches = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
+    return noisy, engine, batches
 
 
 def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures:

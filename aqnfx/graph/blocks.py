@@ -51,7 +51,8 @@ class Block:
     ``inputs`` and ``outputs`` name values of the whole graph (its inputs by their placeholder), ``attributes`` parameters
     and buffers of its module. Blocks with the same ``fingerprint`` compute the same function of tensors of the same
     shapes and dtypes. ``noisy``: ids of the sites with a noise node in it; ``pattern`` their places among those of the
-    whole graph's block. ``lowered``: the noise is plain functions for a compiler.
+    whole graph's block. ``dynamic``: the dimensions of every input and attribute that the batch decides. ``lowered``: the
+    noise is plain functions for a compiler.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Block:
     fingerprint: str
     noisy: tuple[str, ...]
     pattern: tuple[int, ...]
+    dynamic: tuple[tuple[int, ...], ...]
     lowered: bool = False
 
 
@@ -103,12 +105,18 @@ def _extract(
     read = [n for node in nodes for n in (node.args[:1] if node in gone else node.all_input_nodes)]
     # In order of first use: equal blocks then take their weights in the same order.
     outer = dict.fromkeys(n for n in read if isinstance(n, Node) and n not in inside)
-    values = [n for n in outer if n.op != "get_attr"]
+    crossing = [n for n in outer if n.op != "get_attr"]
+    # Sizes are read off a tensor that crosses too: as integers of their own a compiler would take them for constants.
+    sizes = {n: source for n in crossing if (source := _sized(n, crossing)) is not None}
+    values = [n for n in crossing if n not in sizes]
     wanted = [n for n in outer if n.op == "get_attr" and any(u in inside and u not in gone for u in n.users)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
     graph, copies = Graph(), {}
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
+        copies[node].meta = dict(node.meta)
+    for node, (source, dim) in sizes.items():
+        copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
         copies[node].meta = dict(node.meta)
     for node in nodes:
         if node in gone:
@@ -122,6 +130,7 @@ def _extract(
         number=number, module=module, inputs=tuple(n.name for n in values), attributes=tuple(str(n.target) for n in wanted),
         outputs=tuple(n.name for n in live), fingerprint=_fingerprint(graph),
         noisy=tuple(str(get_tag(n).site) for n in nodes if n.target is NOISE[0] and n not in gone), pattern=pattern,
+        dynamic=tuple(_dynamic(n.meta.get("val")) for n in (*values, *wanted)),
     )  # fmt: skip
 
 
@@ -165,6 +174,21 @@ def _inlined(
 def _fingerprint(graph: Graph) -> str:
     shapes = [str(_described(n.meta.get("val"))) for n in graph.nodes if n.op == "placeholder"]
     return hashlib.sha256("\n".join((render(graph), *shapes)).encode()).hexdigest()
+
+
+def _sized(node: Node, among: Sequence[Node]) -> tuple[Node, int] | None:
+    """Return a tensor and its dimension whose size is the integer that ``node`` gives, or None for no such integer."""
+    if not isinstance(size := node.meta.get("val"), torch.SymInt):
+        return None
+    tensors = [(n, n.meta["val"]) for n in among if isinstance(n.meta.get("val"), torch.Tensor)]
+    wanted = str(size)
+    return next(((n, dim) for n, t in tensors for dim, s in enumerate(t.shape) if str(s) == wanted), None)
+
+
+def _dynamic(value: Any) -> tuple[int, ...]:
+    """Return the dimensions of a value whose size is not fixed."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return tuple(dim for dim, size in enumerate(sizes) if not isinstance(static_size(size), int))
 
 
 def _described(value: Any) -> Any:

@@ -58,10 +58,11 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
         forward(batches[0])
         once = time.perf_counter() - started
     tokens = batches[0].input_ids.numel()
+    passes = sum(batch.input_ids.numel() for batch in batches) / tokens  # batches differ in length
     elements = {site.id: _elements(site.shape, tokens) for site in program.sites}
     noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
-    noise_seconds = noise * len(batches) / _EAGER_NOISE_PER_SECOND
-    saved = once * sweep.size * len(batches) * _COMPILE_GAIN
+    noise_seconds = noise * passes / _EAGER_NOISE_PER_SECOND
+    saved = once * sweep.size * passes * _COMPILE_GAIN
     if saved > 2 * compile_seconds(program, "blocks"):
         return "blocks"
     return "noise kernel" if noise_seconds > 2 * _KERNEL_SECONDS else "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from aqnfx.probes.examples import Example, load_examples
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Batch", "DataWarning", "Encoded", "Example", "data_digest", "encode", "load_examples", "make_batches"]
+__all__ = ["Batch", "DataWarning", "Encoded", "Example", "by_length", "data_digest", "encode", "load_examples", "make_batches"]
 
 
 class DataWarning(UserWarning):
@@ -30,13 +31,14 @@ class Encoded:
 
     Tokens at positions [``score_from``, len) are predicted and scored; ``score_from`` >= 1. ``answer``: positions
     [start, end) of the answer's tokens, None where there is none or it was cut off. ``truncated``: tokens beyond
-    ``max_length`` were cut off.
+    ``max_length`` were cut off. ``number``: its place in the data where samples stand in another order, for messages.
     """
 
     input_ids: tuple[int, ...]
     score_from: int
     answer: tuple[int, int] | None = None
     truncated: bool = False
+    number: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.score_from < len(self.input_ids):
@@ -49,7 +51,8 @@ class Encoded:
 class Batch:
     """Right-padded rows; rows at and beyond ``size`` only fill the shape and are never scored.
 
-    ``row_offset``: index of the first row among all samples. ``input_ids``, ``attention_mask``: int64 (B, S).
+    ``row_offset``: index of the first row among all samples; ``numbers``: what messages call the rows (default: their
+    indices). ``input_ids``, ``attention_mask``: int64 (B, S).
     ``score_mask``, ``answer_mask``: bool (B, S−1), True at t where ``logits[:, t]`` predicts a scored token, or a token
     of the answer, at t + 1. ``answer_mask`` is None where no sample of the whole data set has an answer.
     """
@@ -60,17 +63,21 @@ class Batch:
     attention_mask: torch.Tensor
     score_mask: torch.Tensor
     answer_mask: torch.Tensor | None
+    numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return Batch(
-            row_offset=self.row_offset,
-            size=self.size,
+        return dataclasses.replace(
+            self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             score_mask=self.score_mask.to(device),
             answer_mask=None if self.answer_mask is None else self.answer_mask.to(device),
         )
+
+    def number(self, row: int) -> int:
+        """Return what messages call a row: the place of its sample in the data."""
+        return self.numbers[row] if self.numbers else self.row_offset + row
 
 
 def encode(
@@ -118,6 +125,12 @@ def encode(
             stacklevel=2,
         )
     return tuple(encoded)
+
+
+def by_length(encoded: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    """Return the samples in order of their length, so that those of a batch need little padding; they keep their numbers."""
+    numbered = [dataclasses.replace(row, number=i if row.number is None else row.number) for i, row in enumerate(encoded)]
+    return tuple(sorted(numbered, key=lambda row: len(row.input_ids)))
 
 
 def make_batches(
@@ -172,6 +185,7 @@ def _batch(
     return Batch(
         row_offset=offset, size=len(rows), input_ids=input_ids, attention_mask=attention_mask, score_mask=score_mask,
         answer_mask=answer_mask,
+        numbers=tuple(offset + i if row.number is None else row.number for i, row in enumerate(rows)),
     )  # fmt: skip
 
 

@@ -120,7 +120,8 @@ def measure(
     ``program`` carries noise nodes at every site of every probe and ``forward`` runs it: one of
     :mod:`aqnfx.probes.forward`, or an engine of :mod:`aqnfx.probes.replay`; ``executor`` does the work elsewhere,
     with programs of its own. The same seed gives the same noise at a site in every configuration (common random
-    numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch. Items
+    numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch; the
+    scores are in the order of the samples, whatever the order of the batches. Items
     in ``journal`` are not run again, but those that failed are. With ``rule`` a probe gets no further samples once
     its claims are settled; after ``seconds`` no new work begins, but that on the first batch. What a probe has no
     sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On ``KeyboardInterrupt`` the finished
@@ -175,6 +176,7 @@ def _collect(
         whole = [0]
         if not chosen:
             raise Interrupted("interrupted before the first probe was finished on the first samples")
+    whole.sort(key=lambda b: batches[b].row_offset)
     clean = [state.done[clean_item(b)] for b in whole]
     answers = all("exact_match" in one and not np.isnan(one["exact_match"]).any() for one in clean)
     measured = next(scores for item, scores in state.done.items() if item[1] >= 0)

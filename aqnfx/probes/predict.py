@@ -183,7 +183,7 @@ def predict(
         "seconds": time.perf_counter() - started,
         "peak_memory_mib": peak_memory_mib(buffers.sequences.device),
     }  # fmt: skip
-    offsets = tuple(batch.row_offset for batch in batches)
+    offsets = tuple(sorted(batch.row_offset for batch in batches))
     return _collect(program, buffers, tokens, draws, offsets, facts)
 
 

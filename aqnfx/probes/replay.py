@@ -167,14 +167,17 @@ class BlockReplay:
         # Equal blocks share one function, so that it is compiled once.
         if block.fingerprint not in self._calls:
             compiled = self._compiled and (not block.pattern or block.lowered)
-            call = torch.compile(block.module, dynamic=False) if compiled else block.module
+            call = torch.compile(block.module) if compiled else block.module
             self._calls[block.fingerprint] = call
-            return self._timed(call) if compiled else call
+            return self._timed(call, block) if compiled else call
         return self._calls[block.fingerprint]
 
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, call: Callable[..., Any], block: Block) -> Callable[..., Any]:
         def first(*arguments: Any) -> Any:
             started = time.perf_counter()
+            for value, dims in zip(arguments, block.dynamic, strict=True):
+                if dims:
+                    torch._dynamo.maybe_mark_dynamic(value, dims)
             found = call(*arguments)
             self.compile_seconds += time.perf_counter() - started
             return found

@@ -12,7 +12,7 @@ one exponential per vocabulary entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +42,7 @@ class Reference:
     """
 
     size: int
-    row_offset: int
+    numbers: tuple[int, ...]
     shape: tuple[int, ...]
     rows: torch.Tensor
     columns: torch.Tensor
@@ -88,9 +88,10 @@ def reference(batch: Batch, logits: torch.Tensor) -> tuple[Reference, Scores]:
     if rows.numel() == 0:
         raise ProbeError("the batch has no scored position; make batches with make_batches")
     clean = logits[rows, columns]
+    numbers = tuple(batch.number(row) for row in range(batch.size))
     # A NaN or infinity anywhere in a row makes its sum NaN or infinite; only then is a closer look needed.
     if not bool(clean.sum(dtype=torch.float64).isfinite()):
-        _require_finite(clean, rows, batch.row_offset)
+        _require_finite(clean, rows, numbers)
     probabilities = torch.empty(clean.shape, dtype=_work_dtype(clean), device=clean.device)
     norms: list[torch.Tensor] = []
     for part in _chunks(clean):
@@ -103,7 +104,7 @@ def reference(batch: Batch, logits: torch.Tensor) -> tuple[Reference, Scores]:
     answer = None if batch.answer_mask is None else batch.answer_mask.to(logits.device)[rows, columns]
     made = Reference(
         size=batch.size,
-        row_offset=batch.row_offset,
+        numbers=numbers,
         shape=tuple(logits.shape),
         rows=rows,
         columns=columns,
@@ -158,7 +159,7 @@ def _divergence(reference: Reference, part: slice, noisy: torch.Tensor) -> tuple
     wild = (~(largest <= _LARGEST_RISE)).nonzero().squeeze(-1)  # nan compares as wild, too
     if wild.numel():
         far = noisy[wild]
-        _require_finite(far, reference.rows[part][wild], reference.row_offset)
+        _require_finite(far, reference.rows[part][wild], reference.numbers)
         p, q = (torch.log_softmax(z.double(), dim=-1) for z in (clean[wild], far))
         kl[wild] = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0.0)
         nll[wild] = -q.gather(-1, labels[wild]).squeeze(-1)
@@ -192,10 +193,10 @@ def _work_dtype(values: torch.Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
-def _require_finite(logits: torch.Tensor, rows: torch.Tensor, row_offset: int) -> None:
+def _require_finite(logits: torch.Tensor, rows: torch.Tensor, numbers: Sequence[int]) -> None:
     bad = rows[~torch.isfinite(logits).all(dim=-1)]
     if bad.numel():
-        samples = sorted({row_offset + int(row) for row in bad})
+        samples = sorted({numbers[int(row)] for row in bad})
         names = ", ".join(str(sample) for sample in samples[:5]) + (", …" if len(samples) > 5 else "")
         raise ProbeError(
             f"logits are not finite at {bad.numel()} scored positions of sample {names}; "
