@@ -75,6 +75,7 @@ def command(
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
     pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
     device: str = typer.Option("cpu", help="Device to run on."),
+    dtype: str = typer.Option("float32", help="What the model is loaded in: float32, bfloat16 or float16."),
     adaptive: bool = typer.Option(False, "--adaptive", help="Stop sampling what is settled."),
     budget: str = typer.Option(None, help="Time for measuring: 90s, 10m, 2h (implies --adaptive)."),
     executor: str = typer.Option("process", help="Where to measure: process, devices, ray or ray://HOST:PORT."),
@@ -96,7 +97,7 @@ def command(
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
         checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
         compile=compile_mode, replay_memory=replay_memory, batch_size=batch_size,
-        max_length=max_length, text_field=text_field, pack=pack, device=device, adaptive=adaptive, budget=budget,
+        max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype, adaptive=adaptive, budget=budget,
         executor=executor, workers=workers,
     )  # fmt: skip
     if dry_run:

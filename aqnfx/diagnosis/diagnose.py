@@ -123,36 +123,37 @@ def run(
             rule=StoppingRule() if options.adaptive or options.budget else None, seconds=options.budget_seconds,
             provenance=facts,
         )  # fmt: skip
-    found = found if ready.causal else _without_nll(found)
-    found = dataclasses.replace(found, captures=captures)
-    if not found.complete:
-        return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
-    if predictions is not None:
-        found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
-    started = time.perf_counter()
-    try:
-        traces = _weight_traces(ready, options, predictions, tell)
-    except KeyboardInterrupt:
-        return dataclasses.replace(found, complete=False)
-    if options.metric is not None:
-        costs["metric"] = {"seconds": time.perf_counter() - started}
-    found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
-    if options.method != "both":
-        return _with_costs(found, costs, began)
+        found = found if ready.causal else _without_nll(found)
+        found = dataclasses.replace(found, captures=captures)
+        if not found.complete:
+            return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
+        if predictions is not None:
+            found = dataclasses.replace(found, predictions=predictions, planned=ready.probes)
+        started = time.perf_counter()
+        try:
+            traces = _weight_traces(ready, options, predictions, tell)
+        except KeyboardInterrupt:
+            return dataclasses.replace(found, complete=False)
+        if options.metric is not None:
+            costs["metric"] = {"seconds": time.perf_counter() - started}
+        found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
+        if options.method != "both":
+            return _with_costs(found, costs, began)
 
-    runs = []
+        runs = []
 
-    def at(probe: Probe, level: float) -> Measurements:
-        single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
-        measured = measure(noisy, engine, work, single, noise_kind=options.noise)
-        runs.append(measured.provenance["runs"])
-        return measured
+        def at(probe: Probe, level: float) -> Measurements:
+            single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
+            part = None if keep is None else keep.part(f"confirm {probe.kind} {probe.key} at {level!r}")
+            measured = measure(noisy, engine, work, single, journal=part, noise_kind=options.noise)
+            runs.append(measured.provenance["runs"])
+            return measured
 
-    tell("confirming thresholds")
-    started = time.perf_counter()
-    confirmed, complete = confirm(found, at)
-    costs["confirm"] = {"runs": sum(runs), "seconds": time.perf_counter() - started}
-    return _with_costs(dataclasses.replace(found, confirmed=confirmed, complete=complete), costs, began)
+        tell("confirming thresholds")
+        started = time.perf_counter()
+        confirmed, complete = confirm(found, at)
+        costs["confirm"] = {"runs": sum(runs), "seconds": time.perf_counter() - started}
+        return _with_costs(dataclasses.replace(found, confirmed=confirmed, complete=complete), costs, began)
 
 
 def _with_costs(m: Measurements, costs: dict[str, Any], began: float) -> Measurements:

@@ -20,6 +20,7 @@ DEFAULT_LEVELS = (0.01, 0.05, 0.1)
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_WINDOW = 3
 EXECUTORS = ("process", "devices", "ray")
+DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("predict", "measure", "both")
 
 
@@ -30,7 +31,8 @@ class Options:
     ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them;
     ``seeds`` is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level,
     ``window`` to 3 or the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if
-    that is less. ``compile`` is "yes" (Inductor for every distinct block), "no" (PyTorch operations one by one), or
+    that is less. ``device`` and ``dtype`` ("float32", "bfloat16", "float16") are where and in what a model that is loaded
+    here runs. ``compile`` is "yes" (Inductor for every distinct block), "no" (PyTorch operations one by one), or
     "auto" (compile what pays for the projected work); ``replay_memory`` bounds what is kept of a batch's clean run,
     in bytes or as "512MiB". ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
     with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of
@@ -69,6 +71,7 @@ class Options:
     text_field: str | None = None
     pack: bool = True
     device: str = "cpu"
+    dtype: str = "float32"
     adaptive: bool = False
     budget: str | float | None = None
     executor: str = "process"
@@ -97,6 +100,7 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
         _one_of("method", self.method, METHODS)
+        _one_of("dtype", self.dtype, DTYPES)
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)

@@ -67,7 +67,9 @@ def prepare(
     tell("loading the model")
     name = str(model) if isinstance(model, (str, Path)) else _origin(model)
     if isinstance(model, (str, Path)):
-        model = load_model(str(model), device=options.device)
+        model = load_model(str(model), dtype=getattr(torch, options.dtype), device=options.device)
+    elif options.dtype != "float32":
+        raise InputError(f"dtype {options.dtype} is for models that are loaded here; convert the given one, and leave it out")
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
@@ -129,9 +131,10 @@ class Recipe:
     def __call__(self, device: str | None = None) -> Worker:
         """Load, trace and instrument the model on ``device`` (default: that of the options) and return its worker."""
         options = self.options if device is None else dataclasses.replace(self.options, device=device)
-        model = load_model(self.source, device=options.device) if isinstance(self.source, str) else self.source
-        if not isinstance(self.source, str):
-            model = copy.deepcopy(model).to(options.device)
+        if isinstance(self.source, str):
+            model = load_model(self.source, dtype=getattr(torch, options.dtype), device=options.device)
+        else:
+            model = copy.deepcopy(self.source).to(options.device)
         program = tag(_trace(model, self.ready.longest), options)
         ready = dataclasses.replace(self.ready, program=program)
         noisy, engine, batches = instrument(ready, options, self.sweep, self.compiled)

@@ -107,7 +107,7 @@ def _extract(
     outer = dict.fromkeys(n for n in read if isinstance(n, Node) and n not in inside)
     crossing = [n for n in outer if n.op != "get_attr"]
     # Sizes are read off a tensor that crosses too: as integers of their own a compiler would take them for constants.
-    sizes = {n: source for n in crossing if (source := _sized(n, crossing)) is not None}
+    sizes = {n: found for n in crossing if (found := _sized(n, crossing)) is not None}
     values = [n for n in crossing if n not in sizes]
     wanted = [n for n in outer if n.op == "get_attr" and any(u in inside and u not in gone for u in n.users)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
@@ -115,8 +115,8 @@ def _extract(
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
         copies[node].meta = dict(node.meta)
-    for node, (source, dim) in sizes.items():
-        copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
+    for node, (tensor, dim) in sizes.items():
+        copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
         copies[node].meta = dict(node.meta)
     for node in nodes:
         if node in gone:

@@ -81,12 +81,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 noise.register_autograd(_backward, setup_context=_setup_context)
 
 
-# Not custom_op, whose checks of every call take longer than the keys of a small batch; there is nothing to differentiate.
-_LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")
-_LIBRARY.define("row_keys(SymInt[] shape, SymInt batch, Tensor[] keys, Tensor run, int phase) -> Tensor")
-
-
-@torch.library.impl(_LIBRARY, "row_keys", "CompositeExplicitAutograd")
+@torch.library.custom_op("aqnfx::row_keys", mutates_args=())
 def site_row_keys(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run: Tensor, phase: int) -> Tensor:
     r"""Return the row keys of several sites of one ``shape``, int32 (K, \*shape[:-1]): for compilers, computed once.
 
@@ -101,7 +96,7 @@ def site_row_keys(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run:
     return found.reshape(len(keys), *(whole[:-1] if len(whole) > 1 else (1,)))
 
 
-@torch.library.register_fake("aqnfx::row_keys", lib=_LIBRARY)
+@site_row_keys.register_fake
 def _(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run: Tensor, phase: int) -> Tensor:
     rows = tuple(shape)[:-1] if len(shape) > 1 else (1,)
     return run.new_empty((len(keys), *rows))

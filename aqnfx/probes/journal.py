@@ -21,6 +21,7 @@ class Journal:
     """Finished work items of one run, appended to ``path`` as they come; ``identity`` says which run it is.
 
     ``items`` holds the scores of what succeeded; items that failed are written down too, and are to be done again.
+    :meth:`part` gives what belongs to a second sweep of the same run, whose items are numbered anew.
 
     An existing file is read and continued; its torn last line (a kill in the middle of a write) is cut off. Raises
     :class:`ArtifactError` when the file is not a journal, is damaged before its end, or belongs to another run (the
@@ -33,6 +34,7 @@ class Journal:
         self.path = path
         self.items: dict[Item, Scores] = {}
         self.failed: dict[Item, str] = {}
+        self._parts: dict[str, Part] = {}
         try:
             fresh = not path.exists() or not path.stat().st_size or _torn_header(path)
             keep = 0 if fresh else self._read(identity)
@@ -72,11 +74,12 @@ class Journal:
                 _same_run(self.path, record, wanted)
             else:
                 batch, probe, level, seed = record["item"]
+                place = self.part(record["part"]) if "part" in record else self
                 if "error" in record:
-                    self.failed[batch, probe, level, seed] = str(record["error"])
+                    place.failed[batch, probe, level, seed] = str(record["error"])
                 else:
-                    self.items[batch, probe, level, seed] = record["scores"]
-                    self.failed.pop((batch, probe, level, seed), None)
+                    place.items[batch, probe, level, seed] = record["scores"]
+                    place.failed.pop((batch, probe, level, seed), None)
             keep += len(line)
         return keep
 
@@ -97,13 +100,22 @@ class Journal:
 
         Raises :class:`InputError` when it cannot be written.
         """
+        self._add(self, {}, item, scores, error)
+
+    def _add(
+        self, place: Journal | Part, part: dict[str, str], item: Item, scores: Scores | None, error: str | None
+    ) -> None:
         if scores is None:
-            self._append({"item": list(item), "error": error or "failed"})
-            self.failed[item] = error or "failed"
+            self._append({"item": list(item), **part, "error": error or "failed"})
+            place.failed[item] = error or "failed"
             return
-        self._append({"item": list(item), "scores": scores})
-        self.items[item] = scores
-        self.failed.pop(item, None)
+        self._append({"item": list(item), **part, "scores": scores})
+        place.items[item] = scores
+        place.failed.pop(item, None)
+
+    def part(self, name: str) -> Part:
+        """Return the items of the sweep called ``name`` within this run; its records are in the same file."""
+        return self._parts.setdefault(name, Part(self, name))
 
     def _append(self, record: dict[str, Any]) -> None:
         body = json.dumps(record, separators=(",", ":"))
@@ -130,6 +142,19 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Part:
+    """What a journal holds of one further sweep of its run: used like the journal itself."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self._journal, self._name = journal, name
+        self.items: dict[Item, Scores] = {}
+        self.failed: dict[Item, str] = {}
+
+    def add(self, item: Item, scores: Scores | None, error: str | None = None) -> None:
+        """Append an item, see :meth:`Journal.add`."""
+        self._journal._add(self, {"part": self._name}, item, scores, error)
 
 
 def recorded_identity(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.data import Batch
 from aqnfx.probes.executors import Executor, InProcess
 from aqnfx.probes.forward import Forward
-from aqnfx.probes.journal import Journal
+from aqnfx.probes.journal import Journal, Part
 from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.memory import peak_memory_mib
 from aqnfx.probes.replay import Engine, WholeGraph
@@ -35,7 +35,7 @@ class _State:
 
     sweep: Sweep
     batches: Sequence[Batch]
-    journal: Journal | None
+    journal: Journal | Part | None
     done: dict[Item, Scores] = field(default_factory=dict)
     failed: dict[Item, str] = field(default_factory=dict)
     rule: StoppingRule | None = None
@@ -107,7 +107,7 @@ def measure(
     batches: Sequence[Batch],
     sweep: Sweep,
     *,
-    journal: Journal | None = None,
+    journal: Journal | Part | None = None,
     executor: Executor | None = None,
     rule: StoppingRule | None = None,
     seconds: float | None = None,

@@ -5,7 +5,9 @@
 
 The hook loop puts `y + level·|y|·randn_like(y)` behind the Linear modules of one layer, window or the whole model by
 forward hooks, and computes KL, NLL and top-1 agreement per sample against the clean run. The engine measures the same
-probes; compile times are reported apart. Parts that the file holds already and that are not run again are kept.
+probes; compile times are reported apart. The loop takes the samples as they come, each batch padded to its longest;
+the engine, as in `diagnose`, puts samples of like length together, and once more as they come for comparison. Parts that
+the file holds already and that are not run again are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from aqnfx.diagnosis.interpret import interpret
 from aqnfx.graph.frontend import load_model
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.adaptive import StoppingRule
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data import Batch, by_length, make_batches
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Probe
 from aqnfx.probes.plan import plan_probes
@@ -46,10 +48,10 @@ class Setup:
     def __init__(self, samples: int, batch_size: int = 32) -> None:
         self.model = load_model("tinygsm")
         encoded, _ = load_samples(embedded_problems(), load_tokenizer("tinygsm"), samples=samples, max_length=256)
-        longest = max(len(e.input_ids) for e in encoded)
-        self.batches = list(make_batches(encoded, batch_size=batch_size, pad_id=0, fixed_length=longest))
+        self.batches = list(make_batches(by_length(encoded), batch_size=batch_size, pad_id=0))
+        self.plain = list(make_batches(encoded, batch_size=batch_size, pad_id=0))
         self.program = noisy(self.model)
-        self.length = longest
+        self.length = max(len(e.input_ids) for e in encoded)
 
 
 def noisy(model: torch.nn.Module, compiled: bool = True) -> Program:
@@ -116,10 +118,13 @@ def sweeps(setup: Setup, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"compile_s": compile_s}
     for kind, probes in every.items():
         contenders: dict[str, Callable[[], Any]] = {
-            "hook loop": lambda p=probes: hook_sweep(setup.model, setup.batches, p, arguments.seeds)
+            "hook loop": lambda p=probes: hook_sweep(setup.model, setup.plain, p, arguments.seeds)
         }
         for name, engine in engines.items():
             contenders[name] = lambda p=probes, e=engine: measure(setup.program, e, setup.batches, sweep_of(p, arguments.seeds))
+        contenders["aqnfx compiled, samples as they come"] = lambda p=probes: measure(
+            setup.program, engines["aqnfx compiled"], setup.plain, sweep_of(p, arguments.seeds)
+        )
         seconds = {name: [timed(call)] for name, call in contenders.items()}
         runs = len(probes) * len(LEVELS) * arguments.seeds * len(setup.batches)
         speed = {name: seconds["hook loop"][0] / s[0] for name, s in seconds.items()}
@@ -134,7 +139,7 @@ def forward(setup: Setup, arguments: argparse.Namespace) -> dict[str, Any]:
     probe = plan_probes(setup.program, Selector.parse("ops:linear"), kinds=("operator",))[0]
     eager = BlockReplay(setup.program, starts=[probe.sites])
     compiled = BlockReplay(setup.program, starts=[probe.sites], compiled=True)
-    batch, controls = setup.batches[0], setup.program.controls
+    batch, controls = setup.plain[0], setup.program.controls
 
     def with_noise(engine: BlockReplay) -> Callable[[], Any]:
         def call() -> Any:
@@ -241,11 +246,12 @@ def scaling(samples: int = 8) -> dict[str, Any]:
 def adaptive(samples: int) -> dict[str, Any]:
     """Compare the whole sweep with an adaptive one: work, classes and ranking."""
     setup = Setup(samples, batch_size=10)
+    batches = setup.plain  # a run that looks at its first batches takes the samples as they come
     probes = plan_probes(setup.program, Selector.parse("ops:linear"), kinds=("layer", "operator", "window"))
     plan = Sweep(probes=probes, levels=(0.1, 0.2), seeds=(0,), base_level=0.2, task="kl")
     engine = BlockReplay(setup.program, starts=[p.sites for p in probes])
-    whole = measure(setup.program, engine, setup.batches, plan)
-    some = measure(setup.program, engine, setup.batches, plan, rule=StoppingRule())
+    whole = measure(setup.program, engine, batches, plan)
+    some = measure(setup.program, engine, batches, plan, rule=StoppingRule())
     first, second = interpret(whole), interpret(some)
     ranks = [{r["key"]: r["rank"] for r in m.ranking["layers"]} for m in (first, second)]
     classes = [{r["key"]: r["class"] for name in ("layers", "operators") for r in m.ranking[name]} for m in (first, second)]

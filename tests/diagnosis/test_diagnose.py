@@ -54,6 +54,36 @@ def test_scores_do_not_depend_on_the_batch_size(directory: Path) -> None:
     np.testing.assert_allclose(small.scores["kl"], large.scores["kl"], rtol=5e-3)
 
 
+def test_samples_of_like_length_are_run_together_and_nothing_else_changes(directory: Path, tmp_path: Path) -> None:
+    ragged = [" ".join(text.split()[: 3 + 2 * i]) for i, text in enumerate(TEXT)]
+    options = QUICK | {"pack": False, "batch_size": 1}
+    found = [run(directory, texts, Options(**options)) for texts in (ragged, ragged[::-1])]
+    assert found[0].tokens.tolist() == sorted(found[0].tokens.tolist()) != [found[0].tokens[0]] * 4
+    for metric, values in found[0].scores.items():  # whatever the order in the file
+        np.testing.assert_array_equal(found[1].scores[metric], values)
+    stepwise = run(directory, ragged[::-1], Options(**options, adaptive=True))
+    assert stepwise.tokens.tolist() == found[0].tokens.tolist()[::-1]  # looks at its first batches: as they come
+
+
+def test_precision_of_a_loaded_model(directory: Path) -> None:
+    found = run(directory, TEXT, Options(**{**QUICK, "method": "both", "dtype": "bfloat16"}))
+    assert found.provenance["dtype"] == "bfloat16"
+    assert np.isfinite(found.scores["kl"]).all()
+    assert np.isfinite(found.predictions.kl(found.probes[0].sites, 0.1)).all()
+    assert run(directory, TEXT, Options(**QUICK)).provenance["dtype"] == "float32"
+    with pytest.raises(InputError, match="dtype float16 is for models that are loaded here"):
+        run(build("qwen2", num_hidden_layers=2), TEXT, Options(**{**QUICK, "dtype": "float16"}), tokenizer=tokenizer())
+
+
+def test_confirmations_are_in_the_journal_too(directory: Path, tmp_path: Path) -> None:
+    options = Options(**{**QUICK, "method": "both", "levels": (0.3, 1.0)})
+    first, again = (run(directory, TEXT, options, journal=tmp_path / "j") for _ in range(2))
+    assert first.provenance["confirm"]["runs"] > 0 == again.provenance["confirm"]["runs"] == again.provenance["runs"]
+    assert len(first.confirmed) == len(again.confirmed) > 0
+    for one, two in zip(first.confirmed, again.confirmed, strict=True):
+        np.testing.assert_array_equal(one.scores["kl"], two.scores["kl"])
+
+
 def test_more_seeds_keep_the_scores_of_the_first(directory: Path) -> None:
     few, more, later = (run(directory, TEXT, Options(**QUICK, seed=s) if n == 2 else Options(**{**QUICK, "seeds": n}))
                         for n, s in ((2, 0), (3, 0), (2, 1)))  # fmt: skip
@@ -111,6 +141,7 @@ def test_a_journal_belongs_to_its_model_data_and_options(
         ({"seeds": -1}, InputError, "seeds -1"),
         ({"ops": "linaer"}, SelectorError, "did you mean 'linear'"),
         ({"layers": "9"}, SelectorError, "9"),
+        ({"dtype": "int8"}, InputError, "dtype 'int8' is not one of float32, bfloat16, float16"),
         ({"device": "warp"}, InputError, "device 'warp' cannot be used"),
         ({"max_length": 1000}, InputError, "at most 128"),
         ({"task": "exact_match"}, InputError, "exact_match"),

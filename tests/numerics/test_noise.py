@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aqnfx.numerics.noise import (
     NoiseKind,
+    _minus_two_log,
     as_int32,
     columns,
     hashes,
@@ -188,6 +189,16 @@ def test_bits_of_the_hashes_are_balanced():
     # Radius and angle are parts of one hash, so no two of its bits may go together.
     pairs = (planes @ planes.T / N).fill_diagonal_(0.0)
     assert float(pairs.abs().max()) < 5.5 / math.sqrt(N)
+
+
+def test_the_logarithm_is_that_of_all_radii():
+    u = (torch.arange(2**20, dtype=torch.float64) + 0.5) * 2.0**-20
+    found = _minus_two_log(u.float()).double()
+    exact = -2.0 * u.log()
+    assert bool((found > 0.0).all())
+    # Relative to the larger of the two terms that are added: they cancel where u approaches a power of 2 from below.
+    assert float(((found - exact) / exact.clamp_min(1.0)).abs().max()) < 4e-7
+    assert float(((found - exact) / exact).abs()[-1]) < 1e-6  # and vanishes like the logarithm at 1
 
 
 def test_golden_integers():

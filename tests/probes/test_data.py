@@ -17,6 +17,7 @@ from aqnfx.probes.data import (
     DataWarning,
     Encoded,
     Example,
+    by_length,
     data_digest,
     encode,
     load_examples,
@@ -250,6 +251,18 @@ def test_a_fixed_length_gives_one_shape_and_dummy_rows_score_nothing():
     moved = last.to("cpu")
     assert torch.equal(moved.score_mask, last.score_mask)
     assert moved.input_ids.dtype == torch.int64
+
+
+def test_samples_of_like_length_stand_together_and_keep_their_numbers():
+    ordered = by_length(ROWS)
+    assert [len(row.input_ids) for row in ordered] == [2, 3, 5]
+    first, last = make_batches(ordered, batch_size=2, pad_id=0)
+    assert (first.input_ids.shape, last.input_ids.shape) == ((2, 3), (1, 5))
+    assert [first.number(0), first.number(1), last.number(0)] == [2, 0, 1]
+    assert (first.row_offset, last.row_offset) == (0, 2)  # the noise of a sample goes by its place
+    assert last.to("cpu").numbers == (1,)
+    assert by_length(ordered) == ordered  # and not numbered anew
+    assert data_digest(ordered) != data_digest(ROWS)
 
 
 def test_batches_without_answers_have_no_answer_mask():

@@ -33,6 +33,25 @@ def test_items_come_back_exactly(tmp_path: Path) -> None:
     assert (tmp_path / "j").read_bytes() == before
 
 
+def test_parts_number_their_items_anew(tmp_path: Path) -> None:
+    item, scores = next(iter(ITEMS.items()))
+    write(tmp_path / "j")
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        journal.part("a").add(item, {"kl": [7.0]})
+        journal.part("b").add(item, None, "no memory")
+        journal.part("b").add((5, 5, 5, 5), {"kl": [8.0]})
+    with Journal(tmp_path / "j", IDENTITY) as journal:
+        assert journal.items == ITEMS
+        assert not journal.failed
+        assert journal.part("a").items == {item: {"kl": [7.0]}}
+        assert not journal.part("a").failed
+        assert journal.part("b").failed == {item: "no memory"}
+        assert journal.part("b").items == {(5, 5, 5, 5): {"kl": [8.0]}}
+        assert not journal.part("c").items
+        journal.part("b").add(item, scores)
+        assert not journal.part("b").failed
+
+
 def test_every_item_is_on_disk_when_add_returns(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", IDENTITY) as journal:
         for count, (item, scores) in enumerate(ITEMS.items(), start=2):

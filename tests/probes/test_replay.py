@@ -114,7 +114,7 @@ def test_measurements_are_the_same(llama: Program) -> None:
 
 
 @pytest.mark.slow
-def test_every_distinct_block_is_compiled_once(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_distinct_block_is_compiled_once_for_all_shapes(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Pipeline.parse(PREPARE.replace('extended"', 'extended" compiled=true'))(aqnfx.trace(build("llama")))
     compiled: list[str] = []
 
@@ -133,9 +133,10 @@ def test_every_distinct_block_is_compiled_once(llama: Program, monkeypatch: pyte
     replay, whole = BlockReplay(program, starts=[p.sites for p in probes], compiled=True), eager_forward(program)
     distinct = {b.fingerprint for noise in (False, True) for b in cut(program, noise=noise)}
     with torch.no_grad():
-        for batch in work(rows=4, size=2):
+        for batch in [*work(rows=4, size=2), *work(rows=3, length=9), *work(rows=5, length=17, size=5)]:
             torch.testing.assert_close(replay.clean(batch), whole(batch), rtol=1e-4, atol=1e-5)
-            for seed, probe in enumerate(probes):
+            few = probes if batch.row_offset == 0 and len(batch.input_ids) == 2 else probes[:3]
+            for seed, probe in enumerate(few):
                 switched(program, probe.sites, 0.1 + 0.01 * seed)
                 program.controls.set_run(seed=seed, row_offset=batch.row_offset)
                 torch.testing.assert_close(replay.noisy(probe.sites), whole(batch), rtol=2e-3, atol=1e-4)

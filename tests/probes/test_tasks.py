@@ -1,5 +1,6 @@
 """Scores against torch in float64, and what must hold exactly."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -175,6 +176,9 @@ def test_logits_that_are_not_finite_name_the_sample(value):
         score(reference(batch, clean)[0], broken)
     with pytest.raises(ProbeError, match="of sample 3;"):
         reference(batch, broken)
+    _, moved = make_batches([dataclasses.replace(rows[0], number=9 - i) for i in range(4)], batch_size=2, pad_id=0)
+    with pytest.raises(ProbeError, match="of sample 6;"):  # by its place in the data
+        reference(moved, broken)
 
 
 def test_shapes_that_do_not_fit_are_refused():
