@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing (PyTorch is large: some minutes on a slow line) ..."
 	@$(PIP) torch==2.13.0
 	@$(PIP) setuptools wheel
-	@$(PIP) --no-build-isolation -e '.[dev,ray]'
+	@$(PIP) --no-build-isolation -e '.[dev,ray,large]'
 	@touch $@
 
 clean:

@@ -70,6 +70,7 @@ def command(
     outlier_threshold: float = typer.Option(10.0, help="Magnitude of an outlier channel, in medians (with predictions)."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     replay_memory: str = typer.Option("2GiB", help="Most memory for what is kept of a clean run."),
+    replay_offload: bool = typer.Option(False, "--replay-offload", help="Keep it in the host's memory."),
     batch_size: int = typer.Option(32, help="Samples per forward pass."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
@@ -96,7 +97,7 @@ def command(
         seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise,
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
         checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
-        compile=compile_mode, replay_memory=replay_memory, batch_size=batch_size,
+        compile=compile_mode, replay_memory=replay_memory, replay_offload=replay_offload, batch_size=batch_size,
         max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype, adaptive=adaptive, budget=budget,
         executor=executor, workers=workers,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def predicted_threshold(m: Measurements, probe: Probe) -> float | None:
         row = m.probes.index(probe)
         own = Fit.through(kl[row], degradation[row])
         fit = own if float(own(own.largest)) >= THRESHOLD_COST else fit
-    unit = float(m.predictions.kl(probe.sites, 1.0)[: m.samples].sum()) / total
+    unit = float(m.predictions.kl(probe.sites, 1.0)[m.places].sum()) / total
     if not np.isfinite(unit) or unit <= 0.0 or float(fit(fit.largest)) < THRESHOLD_COST:
         return None
     grid = np.linspace(0.0, np.sqrt(fit.largest), 4001)

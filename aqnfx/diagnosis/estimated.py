@@ -133,7 +133,7 @@ def agreement(m: Measurements) -> dict[str, Any]:
     tokens, found = m.tokens.astype(np.float64), {}
     for column, level in enumerate(m.levels):
         scores = seed_mean(m.scores["kl"])[:, column]
-        single = np.array([m.predictions.kl(p.sites, level)[: m.samples] for p in m.probes])
+        single = np.array([m.predictions.kl(p.sites, level)[m.places] for p in m.probes])
         single[~np.isfinite(scores)] = np.nan  # of the samples that were measured
         measured, predicted = share(scores, tokens), share(single, tokens)
         good = np.isfinite(predicted) & (measured > 0) & (predicted > 0)

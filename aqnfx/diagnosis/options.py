@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqnfx.errors import InputError, nearest
+from aqnfx.graph.frontend import SPREAD
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.probes.measurements import ProbeKind
@@ -28,23 +29,23 @@ METHODS = ("predict", "measure", "both")
 class Options:
     """What to diagnose and how; the command line's flags of the same names.
 
-    ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them;
-    ``seeds`` is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level,
-    ``window`` to 3 or the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if
-    that is less. ``device`` and ``dtype`` ("float32", "bfloat16", "float16") are where and in what a model that is loaded
-    here runs. ``compile`` is "yes" (Inductor for every distinct block), "no" (PyTorch operations one by one), or
-    "auto" (compile what pays for the projected work); ``replay_memory`` bounds what is kept of a batch's clean run,
-    in bytes or as "512MiB". ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
-    with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of
-    the top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps
-    only block boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or
-    "hessian-trace". Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported
-    as outliers. ``adaptive`` stops sampling a probe once its class and its place in the ranking are settled;
-    ``budget`` ("90s", "10m", "2h") is the time for measuring and implies ``adaptive``. ``executor`` is where the
-    measuring is done: "process", "devices" (a copy of the model on every accelerator of this machine), "ray" or
-    "ray://HOST:PORT" (``workers`` of a Ray cluster, default all). ``probes`` are kinds of
-    :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises :class:`InputError` and :class:`SelectorError` for values that
-    cannot be meant.
+    ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them; ``seeds``
+    is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level, ``window`` to 3 or
+    the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if that is less.
+    ``device`` ("auto": layer by layer over all accelerators of this machine) and ``dtype`` ("float32", "bfloat16",
+    "float16") are where and in what a model that is loaded here runs. ``compile`` is "yes" (Inductor for every distinct
+    block), "no" (PyTorch operations one by one), or "auto" (compile what pays for the projected work);
+    ``replay_memory`` bounds what is kept of a batch's clean run, in bytes or as "512MiB", and ``replay_offload`` keeps
+    it in the host's memory. ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
+    with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
+    top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps only block
+    boundaries for its backward passes. ``metric`` adds a classical metric per weight: "fisher-trace" or
+    "hessian-trace". Channels whose mean magnitude is ``outlier_threshold`` times the median channel's are reported as
+    outliers. ``adaptive`` stops sampling a probe once its class and its place in the ranking are settled; ``budget``
+    ("90s", "10m", "2h") is the time for measuring and implies ``adaptive``. ``executor`` is where the measuring is
+    done: "process", "devices" (a copy of the model on every accelerator of this machine), "ray" or "ray://HOST:PORT"
+    (``workers`` of a Ray cluster, default all). ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
+    :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
     """
 
     levels: tuple[float, ...] = DEFAULT_LEVELS
@@ -66,6 +67,7 @@ class Options:
     outlier_threshold: float = 10.0
     compile: str = "auto"
     replay_memory: str | int = "2GiB"
+    replay_offload: bool = False
     batch_size: int = 32
     max_length: int | None = None
     text_field: str | None = None
@@ -91,12 +93,17 @@ class Options:
         _one_of("compile", self.compile, ("auto", "yes", "no"))
         if self.executor not in EXECUTORS and not str(self.executor).startswith("ray://"):
             raise InputError(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}, ray://HOST:PORT")
+        if self.device == SPREAD and self.executor != "process":
+            raise InputError(
+                f"device auto spreads one copy of the model over all accelerators, executor {self.executor} makes one copy "
+                "for every worker; use one of them"
+            )
         if self.workers is not None and self.executor == "process":
             raise InputError(f"workers {self.workers} needs executor devices or ray; this process is one worker")
         byte_count("replay_memory", self.replay_memory)
         if self.budget is not None:
             duration("budget", self.budget)
-        for name in ("adaptive", "checkpoint", "pack"):
+        for name in ("adaptive", "checkpoint", "pack", "replay_offload"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
         _one_of("method", self.method, METHODS)

@@ -20,7 +20,7 @@ TOP_CHANNELS = 10
 def predicted_record(m: Measurements, probe: Probe, level: float, options: Options) -> dict[str, Any]:
     """Return the predicted KL of a probe in nats per token with its bootstrap interval over samples."""
     assert m.predictions is not None
-    kl = m.predictions.kl(probe.sites, level)[: m.samples]
+    kl = m.predictions.kl(probe.sites, level)[m.places]
     found = ratios(kl[None], m.tokens.astype(np.float64), options)
     return {"kl": float(found.value[0]), "ci": [float(found.low[0]), float(found.high[0])]}
 
@@ -30,7 +30,7 @@ def site_predictions(m: Measurements, sites: Sequence[str], options: Options) ->
     predictions = m.predictions
     if predictions is None:
         return {site: {} for site in sites}
-    unit = np.stack([predictions.kl([site], 1.0)[: m.samples] for site in sites])
+    unit = np.stack([predictions.kl([site], 1.0)[m.places] for site in sites])
     found = ratios(unit, m.tokens.astype(np.float64), options)
     records: dict[str, dict[str, Any]] = {}
     for row, site in enumerate(sites):

@@ -15,7 +15,7 @@ from torch import nn
 
 from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
-from aqnfx.graph.frontend import EMBEDDED, load_model, trace
+from aqnfx.graph.frontend import EMBEDDED, SPREAD, load_model, trace
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
@@ -56,7 +56,12 @@ class Prepared:
         """Return the samples as batches on the device, each padded to its own longest sample unless a length is fixed."""
         size = min(options.batch_size, len(self.encoded))
         made = make_batches(self.encoded, batch_size=size, pad_id=self.pad, fixed_length=self.fixed)
-        return [batch.to(options.device) for batch in made]
+        return [batch.to(self.device) for batch in made]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go: to the first weights of the model."""
+        return next((p.device for p in self.program.module.parameters()), torch.device("cpu"))
 
 
 def prepare(
@@ -68,8 +73,9 @@ def prepare(
     name = str(model) if isinstance(model, (str, Path)) else _origin(model)
     if isinstance(model, (str, Path)):
         model = load_model(str(model), dtype=getattr(torch, options.dtype), device=options.device)
-    elif options.dtype != "float32":
-        raise InputError(f"dtype {options.dtype} is for models that are loaded here; convert the given one, and leave it out")
+    elif options.dtype != "float32" or options.device == SPREAD:
+        name, value = ("device", SPREAD) if options.device == SPREAD else ("dtype", options.dtype)
+        raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
@@ -149,8 +155,9 @@ def instrument(
     insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
     noisy = Pipeline.parse(insert)(ready.program)
     engine = BlockReplay(
-        noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, compiled=compiled == "blocks"
-    )
+        noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, offload=options.replay_offload,
+        compiled=compiled == "blocks",
+    )  # fmt: skip
     batches = ready.batches(options)
     if ready.encoded[0].number is not None:
         # Short samples and long ones in turn, so that what an interrupted run has finished is no choice of lengths.
@@ -170,7 +177,7 @@ def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures
         encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
     )
     program = Pipeline.parse(f'insert-capture{{where="{options.where}"}}')(ready.program)
-    return capture(program, eager_forward(program), [batch.to(options.device) for batch in made])
+    return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
 
 
 def plan(
@@ -223,6 +230,8 @@ def _shared_sites(program: Program, chosen: set[str]) -> list[str]:
 
 
 def _check_device(device: str) -> None:
+    if device == SPREAD:
+        return
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

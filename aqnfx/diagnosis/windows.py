@@ -48,7 +48,7 @@ def _find_avalanches(
     p = np.full((len(m.probes), 1), np.nan)
     measured = [row for row in rows if row not in est.estimated]
     for row in measured:
-        excess = scores.kl[row, column] - m.predictions.kl(m.probes[row].sites, m.base_level)[: m.samples]
+        excess = scores.kl[row, column] - m.predictions.kl(m.probes[row].sites, m.base_level)[m.places]
         p[row, 0] = paired_p(excess[None])[0]
     adjusted = holm_columns(p, [measured])[:, 0]
     for row, record in zip(rows, records, strict=True):
@@ -85,7 +85,7 @@ def _window(
         "levels": levels,
     }
     if m.predictions is not None:
-        single = m.predictions.kl(probe.sites, m.base_level)[: m.samples]
+        single = m.predictions.kl(probe.sites, m.base_level)[m.places]
         record |= {"predicted": float(single.sum() / m.tokens.sum()), "predicted_from": ONE_PASS}
         if row in est.estimated:
             return record | {"estimated": True, "measured": None}

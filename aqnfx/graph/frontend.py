@@ -72,10 +72,17 @@ def trace(
     return program
 
 
+SPREAD = "auto"
+"""The device that means: over all accelerators of this machine, layer by layer."""
+
+
 def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """Load a Hugging Face model in evaluation mode, of the class that its config names.
 
-    ``name`` is a local directory, a hub id, or ``"tinygsm"``. Remote code is never run. Raises :class:`ModelError`.
+    ``name`` is a local directory, a hub id, or ``"tinygsm"``. ``device`` "auto" puts its layers one after the other on
+    the accelerators of this machine, for models that none of them can hold (transformers' ``device_map``, which needs
+    the package accelerate); tracing then records where values go from one to the next. What would have to stay on the
+    disk is refused. Remote code is never run. Raises :class:`ModelError`.
     """
     import transformers
 
@@ -90,11 +97,16 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         wanted = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
         cls = getattr(transformers, wanted, transformers.AutoModelForCausalLM)
-        model: nn.Module = cls.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        spread = {"device_map": "auto"} if device == SPREAD else {}
+        model: nn.Module = cls.from_pretrained(path, dtype=dtype, trust_remote_code=False, **spread)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot load model {name!r}: {reason.strip()}") from error
-    return model.to(device).eval()
+    if device != SPREAD:
+        return model.to(device).eval()
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ModelError(f"model {name!r} does not fit into the memory of this machine; load it with a smaller dtype")
+    return model.eval()
 
 
 def _load_pt2(path: Path, allowed: bool) -> ExportedProgram:

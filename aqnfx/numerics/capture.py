@@ -57,7 +57,7 @@ def accumulate(
     def table(values: Tensor) -> Tensor:
         return (values.movedim(channel_dim, -1) if width > 1 and values.dim() else values).reshape(-1, width)
 
-    rows = table(y)
+    rows, there = table(y), channels.device
     dropped = None if mask is None else _dropped(mask, y, len(rows))
     # Of the whole value at once: a perturbation may depend on more than one element.
     delta = table(declared(perturbation)(y)) if perturbation else None
@@ -67,18 +67,19 @@ def accumulate(
         magnitude = rows[part].double().abs()
         if dropped is not None:
             magnitude.masked_fill_(dropped[part], 0.0)
-        channels[MAGNITUDE] += magnitude.sum(0)
-        channels[SQUARE] += magnitude.square().sum(0)
-        channels[LARGEST] = torch.maximum(channels[LARGEST], magnitude.amax(0))
+        channels[MAGNITUDE] += magnitude.sum(0).to(there)
+        channels[SQUARE] += magnitude.square().sum(0).to(there)
+        channels[LARGEST] = torch.maximum(channels[LARGEST], magnitude.amax(0).to(there))
         zero = magnitude == 0
-        channels[ZEROS] += zero.sum(0)
-        channels[SMALLEST] = torch.minimum(channels[SMALLEST], magnitude.masked_fill_(zero, math.inf).amin(0))
+        channels[ZEROS] += zero.sum(0).to(there)
+        smallest = magnitude.masked_fill_(zero, math.inf).amin(0)
+        channels[SMALLEST] = torch.minimum(channels[SMALLEST], smallest.to(there))
         if delta is not None:
             square = delta[part].double().square()
-            totals[NOISE] += (square if dropped is None else square.masked_fill_(dropped[part], 0.0)).sum()
+            totals[NOISE] += (square if dropped is None else square.masked_fill_(dropped[part], 0.0)).sum().to(there)
     totals[COUNT] += len(rows)
     if dropped is not None:  # masked rows were counted as zeros; no reading of the mask on the host
-        gone = dropped.sum()
+        gone = dropped.sum().to(there)
         totals[COUNT] -= gone
         channels[ZEROS] -= gone
 
@@ -90,14 +91,17 @@ def _dropped(mask: Tensor, y: Tensor, rows: int) -> Tensor:
             f"aqnfx::capture: a mask of shape {list(mask.shape)} was given for a value of shape {list(y.shape)}; the "
             "value must begin with these sizes or with their product, or the mask be None"
         )
-    return (mask == 0).reshape(-1).repeat_interleave(rows // mask.numel()).unsqueeze(1)
+    return (mask.to(y.device) == 0).reshape(-1).repeat_interleave(rows // mask.numel()).unsqueeze(1)
 
 
 @torch.library.custom_op("aqnfx::capture", mutates_args=("channels", "totals"))
 def capture(
     y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
 ) -> None:
-    """See :func:`accumulate`; like ``aqnfx::count`` it has no output, and takes no part in autograd."""
+    """See :func:`accumulate`; like ``aqnfx::count`` it has no output, and takes no part in autograd.
+
+    Mask and accumulators may be on another device than ``y``.
+    """
     accumulate(y, mask, channels, totals, perturbation, channel_dim)
 
 
@@ -125,10 +129,10 @@ def accumulate_gradient(grad: Tensor, mask: Tensor | None, gradients: Tensor) ->
         dropped = _dropped(mask, grad, len(rows)).squeeze(1)
         magnitude.masked_fill_(dropped, 0.0)
         square.masked_fill_(dropped, 0.0)
-        gradients[GRADIENT_COUNT] -= dropped.sum() * width
+        gradients[GRADIENT_COUNT] -= (dropped.sum() * width).to(gradients.device)
     gradients[GRADIENT_COUNT] += counted * width
-    gradients[GRADIENT_MAGNITUDE] += magnitude.sum()
-    gradients[GRADIENT_SQUARE] += square.sum()
+    gradients[GRADIENT_MAGNITUDE] += magnitude.sum().to(gradients.device)
+    gradients[GRADIENT_SQUARE] += square.sum().to(gradients.device)
 
 
 class _CaptureGradient(torch.autograd.Function):

@@ -41,12 +41,16 @@ def noise(
     """Return ``x`` with noise (see :func:`aqnfx.numerics.noise.noise_reference`), always a new tensor.
 
     ``compiled`` runs the arithmetic in one Inductor kernel where the layout allows; the numbers agree to 1 ulp. On the
-    CPU a level of 0 costs a copy. To autograd the forward noise is an additive constant; the backward noise
-    (``level[1]``) perturbs the gradient on its way back.
+    CPU a level of 0 costs a copy. The controls may be on another device than ``x``. To autograd the forward noise is an
+    additive constant; the backward noise (``level[1]``) perturbs the gradient on its way back.
     """
     host = key.device.type == "cpu"
     if x.numel() == 0 or (host and float(level[phase]) == 0.0):
         return x.clone()
+    if key.device != x.device:
+        level, key, run = (one.to(x.device, non_blocking=True) for one in (level, key, run))
+        channels, cols = (None if one is None else one.to(x.device, non_blocking=True) for one in (channels, cols))
+        host = key.device.type == "cpu"
     keys = (host_row_keys if host else row_keys)(tuple(x.shape), batch, key, run, phase)
     last = channels is None or channel_dim % x.dim() == x.dim() - 1
     order = _rows_first(x) if compiled and last else None

@@ -44,10 +44,10 @@ def accumulate(
 ) -> None:  # fmt: skip
     """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
 
-    ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per site,
-    draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64
-    (S, D, K, N): Σ g·δ per declared perturbation. ``batch`` 0: the value belongs to no sample, and its sum stands at the
-    first sample of the batch.
+    ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per
+    site, draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64 (S,
+    D, K, N): Σ g·δ per declared perturbation. The accumulators may be on another device. ``batch`` 0: the value belongs
+    to no sample, and its sum stands at the first sample of the batch.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -59,19 +59,19 @@ def accumulate(
             last = channel_dim % scaled.dim() == scaled.dim() - 1
             table = (scaled if last else scaled.movedim(channel_dim, -1)).reshape(rows, -1, width)
             per_channel = torch.linalg.vector_norm(table, dim=1).double().square_()
-            channels[0] += per_channel.sum(0)
-            channels[1] += per_channel.square().sum(0)
+            channels[0] += per_channel.sum(0).to(channels.device)
+            channels[1] += per_channel.square().sum(0).to(channels.device)
             total = per_channel.sum(1)
         else:
             total = torch.linalg.vector_norm(scaled.reshape(rows, -1), dim=1).double().square_()
-        sequences[index, draw, offset : offset + rows] += total
+        sequences[index, draw, offset : offset + rows] += total.to(sequences.device)
     for number, name in enumerate(perturbations):
         delta = perturbation(name)(y)
         if masked:
             delta = delta.masked_fill(~torch.isfinite(y), 0.0)
         products = (grad.to(delta.dtype) * delta).reshape(rows, -1).sum(1, dtype=torch.float64)
         assert sketch is not None  # allocated by the pass that declares perturbations
-        sketch[index, number, draw, offset : offset + rows] += products
+        sketch[index, number, draw, offset : offset + rows] += products.to(sketch.device)
 
 
 class _Score(torch.autograd.Function):

@@ -49,6 +49,10 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
         raise InputError(f"compile yes was asked, but {problem}; install one, or use --compile no")
     if problem or mode == "no":
         return "none"
+    # The controls of all sites are on one device, and inlined noise reads them where its value is.
+    spread = len({p.device for p in program.module.parameters()}) > 1
+    if mode == "yes" and spread:
+        raise InputError("compile yes was asked, but blocks of a model on several devices are not compiled; use --compile auto")
     if mode == "yes":
         return "blocks"
     forward = eager_forward(program)
@@ -63,7 +67,7 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
     noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
     noise_seconds = noise * passes / _EAGER_NOISE_PER_SECOND
     saved = once * sweep.size * passes * _COMPILE_GAIN
-    if saved > 2 * compile_seconds(program, "blocks"):
+    if not spread and saved > 2 * compile_seconds(program, "blocks"):
         return "blocks"
     return "noise kernel" if noise_seconds > 2 * _KERNEL_SECONDS else "none"
 

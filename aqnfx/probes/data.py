@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +66,18 @@ class Batch:
     numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``; CUDA copies them while the host goes on."""
+        if torch.device(device).type == "cuda" and self.input_ids.device.type == "cpu":
+            return self._moved(lambda t: t.pin_memory().to(device, non_blocking=True))
+        return self._moved(lambda t: t.to(device))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return dataclasses.replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            score_mask=self.score_mask.to(device),
-            answer_mask=None if self.answer_mask is None else self.answer_mask.to(device),
+            input_ids=move(self.input_ids),
+            attention_mask=move(self.attention_mask),
+            score_mask=move(self.score_mask),
+            answer_mask=None if self.answer_mask is None else move(self.answer_mask),
         )
 
     def number(self, row: int) -> int:

@@ -203,5 +203,6 @@ def _collect(
         clean={m: joined(m) for m in ("nll", "exact_match") if m == "nll" or m in metrics}, scores=scores,
         sites=tuple(s for s in program.sites if s.id in probed), samples_requested=sum(b.size for b in batches),
         complete=not interrupted, provenance=provenance,
+        numbers=np.concatenate([np.arange(batches[b].row_offset, batches[b].row_offset + batches[b].size) for b in whole]),
         errors=tuple(f"{sweep.describe(item)}: {error}" for item, error in failed.items()),
     )  # fmt: skip

@@ -36,14 +36,15 @@ class Measurements:
     """Scores of ``P`` probes × ``L`` levels × ``K`` seeds over ``n`` samples, paired with the clean run.
 
     ``tokens`` (n,) int64: scored positions per sample. ``clean["nll"]`` (n,): summed negative log-likelihood in nats;
-    ``clean["exact_match"]`` (n,): 0 or 1, present only where the data has answers. ``scores[metric]`` has shape (P,
-    L, K, n): ``"kl"`` and ``"nll"`` are sums over the sample's scored positions in nats, ``"top1"`` is the number of
-    positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order
-    of the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
-    ``samples_requested``. Where ``predictions`` stood first, ``planned`` holds the probes that the map reports, of
-    which only some were measured, and ``confirmed`` a measurement of one probe at one level each: at its predicted
-    critical threshold. Runs that failed have NaN scores and a line in ``errors``. ``captures`` holds activation
-    statistics, ``weights`` the classical metric ``weight_metric`` of every parameter.
+    ``clean["exact_match"]`` (n,): 0 or 1, present only where the data has answers. ``scores[metric]`` has shape (P, L,
+    K, n): ``"kl"`` and ``"nll"`` are sums over the sample's scored positions in nats, ``"top1"`` is the number of
+    positions whose argmax equals the clean one, ``"exact_match"`` 0 or 1. ``seeds`` and ``levels`` are in the order of
+    the axes. ``complete`` is false when the run was interrupted: then ``n`` is what was finished of
+    ``samples_requested``, and ``numbers`` (n,) says which samples these are (None: the first). Where ``predictions``
+    stood first, ``planned`` holds the probes that the map reports, of which only some were measured, and ``confirmed``
+    a measurement of one probe at one level each: at its predicted critical threshold. Runs that failed have NaN scores
+    and a line in ``errors``. ``captures`` holds activation statistics, ``weights`` the classical metric
+    ``weight_metric`` of every parameter.
     """
 
     probes: tuple[Probe, ...]
@@ -66,11 +67,17 @@ class Measurements:
     weight_metric: str | None = None
     weights: tuple[WeightTrace, ...] = ()
     errors: tuple[str, ...] = ()
+    numbers: NDArray[np.int64] | None = None
 
     @property
     def samples(self) -> int:
         """Number of samples that were scored under every configuration."""
         return int(self.tokens.shape[0])
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """The places of the samples among those asked for, int64 (n,)."""
+        return np.arange(self.samples) if self.numbers is None else self.numbers
 
     def __post_init__(self) -> None:
         want = (len(self.probes), len(self.levels), len(self.seeds), self.samples)

@@ -54,19 +54,23 @@ class BlockReplay:
 
     The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy
     together) begin, in at most ``memory`` bytes: where more would be needed, every second boundary is given up, and
-    runs start earlier. A block has noise nodes at its noisy sites only. ``compiled`` compiles every distinct block
-    without noise, and with noise inlined at the set of sites that most of ``starts`` ask of it: weights and controls
-    are inputs, so that blocks that differ in them share the code. Blocks with other sets of sites are not worth
-    compiling and run as they are. Results equal those of the whole graph, bit for bit where nothing is compiled.
-    Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a program that is no language
-    model.
+    runs start earlier. ``offload`` keeps them in the host's memory, page-locked where the values come from CUDA;
+    copies go in the order of the device's work, and nothing waits for them.
+
+    A block has noise nodes at its noisy sites only. ``compiled`` compiles every distinct block without noise, and with
+    noise inlined at the set of sites that most of ``starts`` ask of it: weights and controls are inputs, so that blocks
+    that differ in them share the code, and sizes that the graph leaves open are open there too. Blocks with other sets
+    of sites are not worth compiling and run as they are. Results equal those of the whole graph, bit for bit where
+    nothing is compiled. Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a program
+    that is no language model.
     """
 
     def __init__(
-        self, program: Program, *, starts: Iterable[Sequence[str]] = (), memory: int | None = None, compiled: bool = False
-    ) -> None:
+        self, program: Program, *, starts: Iterable[Sequence[str]] = (), memory: int | None = None, offload: bool = False,
+        compiled: bool = False,
+    ) -> None:  # fmt: skip
         check_inputs(program)
-        self._program, self._memory, self._compiled = program, memory, compiled
+        self._program, self._memory, self._offload, self._compiled = program, memory, offload, compiled
         # The same values cross with and without noise, under the same names.
         self._clean, self._noisy = cut(program, noise=False), cut(program)
         self._home = {site: place for place, block in enumerate(self._noisy) for site in block.noisy}
@@ -80,6 +84,7 @@ class BlockReplay:
         self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
         self._common = self._frequent(asked) if compiled else {}
         self._kept: dict[int, Values] = {}
+        self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
         """What the first calls of compiled blocks took: compiling, and one run of each."""
@@ -107,10 +112,10 @@ class BlockReplay:
         names = [n.name for n in self._program.graph.nodes if n.op == "placeholder"]
         bound = self._program.bind(**{name: given[name] for name in self._program.signature.tensor_names})
         values: Values = dict(zip(names, bound, strict=True))
-        self._kept, stride = {0: dict(values)}, 1
+        self._kept, stride, copies = {0: dict(values)}, 1, dict(values)
         for place, block in enumerate(self._clean):
             if place in self._starts and self._starts.index(place) % stride == 0:
-                self._kept[place] = dict(values)
+                self._kept[place] = self._away(values, copies) if self._offload else dict(values)
                 while self._memory is not None and len(self._kept) > 1 and self.held > self._memory:
                     stride *= 2
                     gone = [p for i, p in enumerate(self._starts) if i % stride and p in self._kept]
@@ -129,11 +134,27 @@ class BlockReplay:
         for site in sites:
             active.setdefault(self._home[site], []).append(site)
         start = max(place for place in self._kept if place <= first)
-        values = dict(self._kept[start])
+        values = self._back(self._kept[start]) if self._offload and start else dict(self._kept[start])
         for place in range(start, len(self._clean)):
             block = self._with_noise(place, active[place]) if place in active else self._clean[place]
             self._step(block, place, values)
         return self._logits(values)
+
+    def _away(self, values: Values, copies: Values) -> Values:
+        """Return the values with tensors copied to the host; ``copies`` holds those of earlier boundaries, and the inputs."""
+        for name, value in values.items():
+            if name not in copies and isinstance(value, torch.Tensor):
+                pin = value.device.type == "cuda"
+                self._devices[name] = value.device
+                copies[name] = torch.empty_like(value, device="cpu", pin_memory=pin).copy_(value, non_blocking=pin)
+        return {name: copies.get(name, value) for name, value in values.items()}
+
+    def _back(self, values: Values) -> Values:
+        """Return kept values on the devices that they came from."""
+        return {
+            name: value.to(self._devices[name], non_blocking=True) if name in self._devices else value
+            for name, value in values.items()
+        }
 
     def _with_noise(self, place: int, sites: Sequence[str]) -> Block:
         """Return a block with noise at ``sites`` only, lowered where that is compiled."""

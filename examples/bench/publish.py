@@ -68,8 +68,12 @@ def sweep(record: dict[str, Any]) -> str:
                 lines.append(f"| {kind} | {found[kind]['runs']} | {name} | {seconds:.1f} | {found[kind]['speed'][name]:.2f}× |")
         lines += ["", f"The first run of every block, apart (code from the compiler's cache): {found['compile_s']:.1f} s."]
     if "compile" in record:
+        start = record["compile"].pop("start")
         text = ", ".join(f"{layers} layers {seconds:.1f} s" for layers, seconds in record["compile"].items())
-        lines += ["", f"Compiling the engine with noise at every linear, from an empty cache: {text}."]
+        lines += [
+            "", f"Compiling the engine with noise at every linear, from an empty cache: {text}; the first compilation of a"
+            f" process, of whatever, takes {start:.1f} s besides (imports, trying the instruction sets).",
+        ]  # fmt: skip
     if "scaling" in record:
         lines += [
             "", "A layer sweep of models of the same width, random weights (8 samples, eager):", "",

@@ -10,7 +10,9 @@ import pytest
 
 import aqnfx
 from aqnfx.diagnosis.diagnose import run
+from aqnfx.diagnosis.estimates import Options as interpret_options
 from aqnfx.diagnosis.options import Options
+from aqnfx.diagnosis.predicted import predicted_record
 from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
 from aqnfx.probes.samples import load_tokenizer
 from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
@@ -65,13 +67,32 @@ def test_samples_of_like_length_are_run_together_and_nothing_else_changes(direct
     assert stepwise.tokens.tolist() == found[0].tokens.tolist()[::-1]  # looks at its first batches: as they come
 
 
+def test_predictions_of_an_interrupted_run_are_those_of_its_samples(directory: Path) -> None:
+    ragged = [" ".join((TEXT[0] + " " + text).split()[: 3 + 4 * i]) for i, text in enumerate(TEXT)]
+    options = Options(**{**QUICK, "pack": False, "batch_size": 1, "method": "both", "probes": ("layer",), "seeds": 1})
+
+    phases: list[str] = []
+
+    def stop(done: int, total: int) -> None:
+        if phases[-1] == "measuring" and done > total // 3:
+            raise KeyboardInterrupt
+
+    whole, part = (run(directory, ragged, options, progress=p, status=phases.append) for p in (None, stop))
+    assert part.samples < whole.samples == 4
+    assert part.places.tolist() != list(range(part.samples))  # not the shortest
+    assert np.array_equal(part.tokens, whole.tokens[part.places])
+    one = predicted_record(part, part.planned[0], 0.3, interpret_options())
+    kl = whole.predictions.kl(part.planned[0].sites, 0.3)[part.places]
+    assert one["kl"] == pytest.approx(kl.sum() / part.tokens.sum())
+
+
 def test_precision_of_a_loaded_model(directory: Path) -> None:
     found = run(directory, TEXT, Options(**{**QUICK, "method": "both", "dtype": "bfloat16"}))
     assert found.provenance["dtype"] == "bfloat16"
     assert np.isfinite(found.scores["kl"]).all()
     assert np.isfinite(found.predictions.kl(found.probes[0].sites, 0.1)).all()
     assert run(directory, TEXT, Options(**QUICK)).provenance["dtype"] == "float32"
-    with pytest.raises(InputError, match="dtype float16 is for models that are loaded here"):
+    with pytest.raises(InputError, match="dtype float16 is for models that are loaded here; prepare the given one"):
         run(build("qwen2", num_hidden_layers=2), TEXT, Options(**{**QUICK, "dtype": "float16"}), tokenizer=tokenizer())
 
 

@@ -383,6 +383,18 @@ def test_an_interruption_leaves_what_is_finished_and_a_resumed_run_is_the_same(
     assert resumed.provenance["runs"] == counted.calls
 
 
+def test_batches_in_another_order_give_the_same_scores(program: Program, whole: Measurements) -> None:
+    shuffled = [batches()[i] for i in (2, 0, 1)]
+    found = measure(program, Counted(program), shuffled, sweep())
+    assert same(found, whole)
+    assert found.places.tolist() == whole.places.tolist() == [0, 1, 2, 3, 4]
+    for done, places in ((1, [4]), (2, [0, 1, 4])):
+        part = measure(program, Counted(program), shuffled, sweep(), progress=interrupt_at(done * PER_BATCH))
+        assert part.places.tolist() == places
+        for metric, scores in part.scores.items():
+            assert np.array_equal(scores, whole.scores[metric][..., places])
+
+
 def test_an_interruption_inside_of_a_forward_pass(program: Program, whole: Measurements, tmp_path: Path) -> None:
     def interrupt(calls: int, logits: torch.Tensor) -> torch.Tensor:
         if calls in (18, 33):

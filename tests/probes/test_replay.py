@@ -103,6 +103,32 @@ def test_the_bound_on_what_is_kept(llama: Program, share: float) -> None:
             switched(llama, sites, 0.0)
 
 
+def test_kept_values_on_the_host(llama: Program) -> None:
+    starts = [p.sites for p in plan_probes(llama, Selector.parse("ops:extended"), kinds=("layer",))]
+    near, far = (BlockReplay(llama, starts=starts, offload=offload) for offload in (False, True))
+    live: set[int] = set()
+    original = far._step
+
+    def watched(block: Any, place: int, values: Any) -> None:
+        original(block, place, values)
+        live.update(v.data_ptr() for v in values.values() if isinstance(v, torch.Tensor))
+
+    far._step = watched  # type: ignore[method-assign]
+    with torch.no_grad():
+        for batch in work():
+            assert torch.equal(near.clean(batch), far.clean(batch))
+            inputs = {v.data_ptr() for v in far._kept[0].values()}
+            kept = {v.data_ptr() for place in far.kept for v in far._kept[place].values() if isinstance(v, torch.Tensor)}
+            assert kept - inputs
+            assert not (kept - inputs) & live  # copies
+            for sites in starts:
+                switched(llama, sites, 0.3)
+                assert torch.equal(near.noisy(sites), far.noisy(sites))
+                switched(llama, sites, 0.0)
+    assert near.kept == far.kept
+    assert near.held <= far.held  # a broadcast mask is written out
+
+
 def test_measurements_are_the_same(llama: Program) -> None:
     probes = plan_probes(llama, Selector.parse("ops:extended"), kinds=("operator", "layer", "window", "all"), window=2)
     plan = Sweep(probes=probes, levels=(0.1, 0.3), seeds=(0, 1), base_level=0.1, task="kl")

@@ -1,0 +1,43 @@
+"""Values and controls on different devices; the device without data stands for the one that is not at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aqnfx.numerics.capture import accumulate as capture
+from aqnfx.numerics.capture import accumulate_gradient
+from aqnfx.numerics.noise import NoiseKind, columns
+from aqnfx.numerics.ops import noise
+from aqnfx.numerics.score import accumulate as score
+
+FAR = "meta"
+
+
+def far(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.float64, device=FAR)
+
+
+@pytest.mark.parametrize("kind", list(NoiseKind))
+@pytest.mark.parametrize("channels", [False, True])
+def test_noise_where_the_value_is(kind: str, channels: bool) -> None:
+    x, run = torch.empty(4, 5, 8, device=FAR), torch.zeros(3, dtype=torch.int32)
+    level, key = torch.tensor([0.1, 0.0]), torch.zeros(1, dtype=torch.int32)
+    factors = torch.ones(8) if channels else None
+    found = noise._init_fn(x, level, key, run, factors, columns(8), 4, str(kind))
+    assert (found.device, found.shape) == (torch.device(FAR), x.shape)
+
+
+def test_scores_are_added_where_the_accumulators_are() -> None:
+    y, grad = torch.randn(4, 5, 8), torch.randn(4, 5, 8)
+    run, hits = torch.tensor([0, 1, 5], dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    sums, sketch, channels = far(3, 2, 9), far(3, 1, 2, 9), far(2, 8)
+    score(grad, y, run, hits, sums, channels, sketch, 1, 4, NoiseKind.RELATIVE_GAUSSIAN, ["bf16"], -1, False)
+    assert hits.tolist() == [0, 1, 0]
+
+
+def test_statistics_are_added_where_the_accumulators_are() -> None:
+    y, mask = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.int64)
+    mask[0, 3:] = 0
+    capture(y, mask, far(5, 8), far(2), "bf16", -1)
+    accumulate_gradient(y, mask, far(3))
