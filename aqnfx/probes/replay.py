@@ -57,10 +57,10 @@ class BlockReplay:
     runs start earlier. ``offload`` keeps them in the host's memory, page-locked where the values come from CUDA;
     copies go in the order of the device's work, and nothing waits for them.
 
-    A block has noise nodes at its noisy sites only. ``compiled`` compiles every distinct block without noise, and with
-    noise inlined at the set of sites that most of ``starts`` ask of it: weights and controls are inputs, so that blocks
-    that differ in them share the code, and sizes that the graph leaves open are open there too. Blocks with other sets
-    of sites are not worth compiling and run as they are. Results equal those of the whole graph, bit for bit where
+    A block has noise nodes at its noisy sites only. ``compiled`` compiles every block that stands in the model more than
+    once (all of them where none does) without noise, and with noise inlined at the set of sites that most of ``starts``
+    ask of it: weights and controls are inputs, so that blocks that differ in them share the code, and sizes that the
+    graph leaves open are open there too. Other blocks, and other sets of sites, are not worth compiling. Results equal those of the whole graph, bit for bit where
     nothing is compiled. Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a program
     that is no language model.
     """
@@ -70,7 +70,7 @@ class BlockReplay:
         compiled: bool = False,
     ) -> None:  # fmt: skip
         check_inputs(program)
-        self._program, self._memory, self._offload, self._compiled = program, memory, offload, compiled
+        self._program, self._memory, self._offload = program, memory, offload
         # The same values cross with and without noise, under the same names.
         self._clean, self._noisy = cut(program, noise=False), cut(program)
         self._home = {site: place for place, block in enumerate(self._noisy) for site in block.noisy}
@@ -82,7 +82,10 @@ class BlockReplay:
         asked = [tuple(sites) for sites in starts]
         self._starts = sorted({self.first(sites) for sites in asked} - {0})
         self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
-        self._common = self._frequent(asked) if compiled else {}
+        counts = collections.Counter(block.fingerprint for block in self._clean)
+        repeated = {fingerprint for fingerprint, count in counts.items() if count > 1}
+        self._worth = (repeated or set(counts)) if compiled else set[str]()
+        self._common = self._frequent(asked)
         self._kept: dict[int, Values] = {}
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, Callable[..., Any]] = {}
@@ -174,7 +177,7 @@ class BlockReplay:
             members: dict[int, list[int]] = {}
             for site in set(sites):
                 members.setdefault(self._home[site], []).append(place[site])
-            for home, found in members.items():
+            for home, found in ((h, f) for h, f in members.items() if self._clean[h].fingerprint in self._worth):
                 counts.setdefault(self._clean[home].fingerprint, collections.Counter())[tuple(sorted(found))] += 1
         return {fingerprint: counter.most_common(1)[0][0] for fingerprint, counter in counts.items()}
 
@@ -187,7 +190,7 @@ class BlockReplay:
     def _call(self, block: Block) -> Callable[..., Any]:
         # Equal blocks share one function, so that it is compiled once.
         if block.fingerprint not in self._calls:
-            compiled = self._compiled and (not block.pattern or block.lowered)
+            compiled = block.lowered or block.fingerprint in self._worth
             call = torch.compile(block.module) if compiled else block.module
             self._calls[block.fingerprint] = call
             return self._timed(call, block) if compiled else call
