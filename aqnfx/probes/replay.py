@@ -60,9 +60,10 @@ class BlockReplay:
     A block has noise nodes at its noisy sites only. ``compiled`` compiles every block that stands in the model more than
     once (all of them where none does) without noise, and with noise inlined at the set of sites that most of ``starts``
     ask of it: weights and controls are inputs, so that blocks that differ in them share the code, and sizes that the
-    graph leaves open are open there too. Other blocks, and other sets of sites, are not worth compiling. Results equal those of the whole graph, bit for bit where
-    nothing is compiled. Raises :class:`PassError` before ``partition-blocks`` ran, :class:`ModelError` for a program
-    that is no language model.
+    graph leaves open are open there too. Other blocks, and other sets of sites, are not worth compiling.
+
+    Results equal those of the whole graph, bit for bit where nothing is compiled. Raises :class:`PassError` before
+    ``partition-blocks`` ran, :class:`ModelError` for a program that is no language model.
     """
 
     def __init__(
