@@ -61,11 +61,12 @@ def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], boo
         limits = {p: predicted_threshold(m, p) for p in m.planned if p.kind == kind}
         known = sorted((level, i, p) for i, (p, level) in enumerate(limits.items()) if level is not None)
         for level, _, probe in known[:CONFIRMED]:
+            level = _rounded(level)
             try:
                 measured = run(probe, level)
                 cost = _cost(measured) if measured.complete else THRESHOLD_COST
                 if abs(cost - THRESHOLD_COST) > CLOSE * THRESHOLD_COST:
-                    again = run(probe, level * min(2.0, max(0.5, THRESHOLD_COST / max(cost, 1e-9))))
+                    again = run(probe, _rounded(level * min(2.0, max(0.5, THRESHOLD_COST / max(cost, 1e-9)))))
                     measured = min((measured, again), key=lambda one: abs(_cost(one) - THRESHOLD_COST))
             except (Interrupted, KeyboardInterrupt):
                 return tuple(found), False
@@ -73,6 +74,11 @@ def confirm(m: Measurements, run: Runner) -> tuple[tuple[Measurements, ...], boo
                 return tuple(found), False
             found.append(measured)
     return tuple(found), True
+
+
+def _rounded(level: float) -> float:
+    """Return a level that an ulp in the predictions does not change, so that a resumed run knows it again."""
+    return float(f"{level:.4g}")
 
 
 def _cost(single: Measurements) -> float:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
-from aqnfx.probes.data import data_digest
+from aqnfx.probes.data import Batch, data_digest
 from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
@@ -111,7 +111,7 @@ def run(
     noisy, engine, work = instrument(ready, options, sweep, compiled)
     recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
-    identity = _identity(noisy, ready, sweep, options) | {"compile": compiled}
+    identity = _identity(noisy, ready, sweep, options, work) | {"compile": compiled}
     facts = _facts(noisy, ready, data, identity, options)
     if predictions is not None:
         facts["predict"] = dict(predictions.provenance)
@@ -241,7 +241,9 @@ def _without_nll(m: Measurements) -> Measurements:
     return dataclasses.replace(m, clean=clean, scores=scores)
 
 
-def _identity(program: Program, ready: Prepared, sweep: Sweep, options: Options) -> dict[str, Any]:
+def _identity(
+    program: Program, ready: Prepared, sweep: Sweep, options: Options, batches: Sequence[Batch]
+) -> dict[str, Any]:
     """What makes two runs the same: a journal is continued only if all of this is equal."""
     import transformers
 
@@ -250,7 +252,7 @@ def _identity(program: Program, ready: Prepared, sweep: Sweep, options: Options)
         "model": model_digest(program), "graph": program.original, "data": data_digest(ready.encoded),
         "pipeline": program.pipeline, "levels": list(sweep.levels), "seeds": list(sweep.seeds), "task": sweep.task,
         "probes": [_probe_identity(p) for p in sweep.probes], "method": _method(options), "batch_size": options.batch_size,
-        "device": options.device,
+        "device": str(ready.device), "batches": [batch.row_offset for batch in batches],  # items are numbered by them
     }  # fmt: skip
 
 
@@ -261,7 +263,7 @@ def _facts(
     source = {k: v for k, v in program.source.items() if k not in ("trace_seconds", "origin")}
     return {
         **identity["versions"],
-        "device": options.device, "dtype": program.source.get("dtype"), "threads": torch.get_num_threads(),
+        "device": str(ready.device), "dtype": program.source.get("dtype"), "threads": torch.get_num_threads(),
         "platform": platform.machine(), "trace_seconds": program.source.get("trace_seconds"),
         "model": {
             **source, "digest": identity["model"], "layers": len(program.layers), "sites": len(program.sites),

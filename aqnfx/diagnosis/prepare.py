@@ -55,6 +55,8 @@ class Prepared:
     def batches(self, options: Options) -> list[Batch]:
         """Return the samples as batches on the device, each padded to its own longest sample unless a length is fixed."""
         size = min(options.batch_size, len(self.encoded))
+        while size > 2 and len(self.encoded) % size == 1:
+            size -= 1  # compilers take a size of 1 for a constant: a single row left over would be compiled anew
         made = make_batches(self.encoded, batch_size=size, pad_id=self.pad, fixed_length=self.fixed)
         return [batch.to(self.device) for batch in made]
 
@@ -76,6 +78,8 @@ def prepare(
     elif options.dtype != "float32" or options.device == SPREAD:
         name, value = ("device", SPREAD) if options.device == SPREAD else ("dtype", options.dtype)
         raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
+    else:
+        _check_place(model, options.device)
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
@@ -227,6 +231,14 @@ def _shared_sites(program: Program, chosen: set[str]) -> list[str]:
     nodes = program.site_nodes()
     values = {site: nodes[site].meta["val"] for site in nodes if site in chosen}
     return [s for s, v in values.items() if not v.dim() or isinstance(static_size(v.shape[0]), int)]
+
+
+def _check_place(model: nn.Module | Program, device: str) -> None:
+    weights = (model.module if isinstance(model, Program) else model).parameters()
+    place = next((p.device for p in weights), None)
+    wanted = torch.device(device)
+    if place is not None and (place.type, place.index or 0) != (wanted.type, wanted.index or 0):
+        raise InputError(f"the model given is on {place}, and device {device} was asked; say device={str(place)!r}, or move it")
 
 
 def _check_device(device: str) -> None:

@@ -56,6 +56,11 @@ def trace(
             model = load_model(name, dtype=dtype, device=device)
     else:
         name = getattr(model, "name_or_path", "") or type(model).__name__
+    if isinstance(model, nn.Module) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
+        raise TraceError(
+            "the model's weights are sharded over processes (DTensor), which torch.export does not trace; load whole layers "
+            "instead: device auto puts them on all accelerators"
+        )
     source: dict[str, Any] = {"name": Path(name).resolve().name if Path(name).exists() else name, "origin": name}
     if isinstance(model, ExportedProgram):
         exported = model
@@ -81,8 +86,8 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
 
     ``name`` is a local directory, a hub id, or ``"tinygsm"``. ``device`` "auto" puts its layers one after the other on
     the accelerators of this machine, for models that none of them can hold (transformers' ``device_map``, which needs
-    the package accelerate); tracing then records where values go from one to the next. What would have to stay on the
-    disk is refused. Remote code is never run. Raises :class:`ModelError`.
+    the package accelerate); tracing then records where values go from one to the next. What does not fit there is
+    refused. Remote code is never run. Raises :class:`ModelError`.
     """
     import transformers
 
@@ -105,7 +110,10 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
     if device != SPREAD:
         return model.to(device).eval()
     if any(p.device.type == "meta" for p in model.parameters()):
-        raise ModelError(f"model {name!r} does not fit into the memory of this machine; load it with a smaller dtype")
+        raise ModelError(
+            f"model {name!r} does not fit into the accelerators of this machine (without any: into its memory); load it with a "
+            "smaller dtype"
+        )
     return model.eval()
 
 

@@ -169,15 +169,25 @@ def quantize(x: Tensor, fmt: Format, *, channel_dim: int = 0) -> Tensor:
     wide = x.to(torch.float32)
     if fmt.grouping == "none":
         return round_element(wide, fmt.element).to(x.dtype)
+    return _held(_grouped(wide, fmt, channel_dim), x.dtype)
+
+
+def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` in ``dtype``; a value that rounding took beyond its largest number becomes that."""
+    largest = torch.finfo(dtype).max
+    return (x if dtype.itemsize >= 4 else x.clamp(-largest, largest)).to(dtype)
+
+
+def _grouped(wide: Tensor, fmt: Format, channel_dim: int) -> Tensor:
     if fmt.grouping == "block":
-        return _by_blocks(wide, fmt).to(x.dtype)
+        return _by_blocks(wide, fmt)
     if fmt.grouping == "tensor" or wide.dim() == 0:
         dims = tuple(range(wide.dim()))
     elif fmt.grouping == "row":
         dims = (wide.dim() - 1,)
     else:
         dims = tuple(d for d in range(wide.dim()) if d != channel_dim % wide.dim())
-    return _scaled(wide, fmt, dims, None).to(x.dtype)
+    return _scaled(wide, fmt, dims, None)
 
 
 def _by_blocks(x: Tensor, fmt: Format) -> Tensor:
@@ -221,7 +231,7 @@ def _with_zero_point(x: Tensor, element: IntElement, dims: tuple[int, ...]) -> T
     steps = float((1 << element.bits) - 1)
     low = x.amin(dims, keepdim=True).clamp_max(0.0) if dims else x.clamp_max(0.0)
     high = x.amax(dims, keepdim=True).clamp_min(0.0) if dims else x.clamp_min(0.0)
-    scale = _divisor((high - low) / steps)
+    scale = _divisor(high / steps - low / steps)  # each by itself: their difference may overflow
     zero = torch.round(-low / scale).clamp(0.0, steps)
     stored = (torch.round(x / scale) + zero).clamp(0.0, steps)
     return (stored - zero) * scale

@@ -174,7 +174,10 @@ def predict(
             tokens[batch.row_offset : batch.row_offset + batch.size] = counts.cpu().numpy()
             for draw in range(draws):
                 buffers.set_run(draw=draw, row_offset=batch.row_offset)
-                u = projection(logits.detach(), mask, seed=seed, draw=draw, row_offset=batch.row_offset, output=output)
+                u = projection(
+                    logits.detach(), mask, seed=seed, draw=draw, row_offset=batch.row_offset, output=output,
+                    number=getattr(batch, "number", None),
+                )  # fmt: skip
                 torch.autograd.backward([logits], [u], retain_graph=draw + 1 < draws)
                 if progress is not None:
                     progress(number * draws + draw + 1, len(batches) * draws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -16,9 +17,13 @@ OUTPUTS: tuple[Output, ...] = ("categorical", "gaussian")
 
 
 def projection(
-    logits: torch.Tensor, mask: torch.Tensor, *, seed: int, draw: int, row_offset: int, output: Output = "categorical"
-) -> torch.Tensor:
-    """Return u with covariance F at the positions of ``mask`` (B, …) and 0 elsewhere, of the shape of ``logits`` (B, …, V)."""
+    logits: torch.Tensor, mask: torch.Tensor, *, seed: int, draw: int, row_offset: int, output: Output = "categorical",
+    number: Callable[[int], int] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return u with covariance F at the positions of ``mask`` (B, …) and 0 elsewhere, of the shape of ``logits`` (B, …, V).
+
+    ``number`` says what to call the sample of a row in a message (default: ``row_offset`` plus the row).
+    """
     result = torch.empty_like(logits)
     width, broken = logits.shape[-1], torch.zeros(logits.shape[0], dtype=torch.bool, device=logits.device)
     for row in range(logits.shape[0]):
@@ -34,8 +39,9 @@ def projection(
             u.sub_(p.mul_(u.sum(-1, keepdim=True)))
         result[row] = u.masked_fill_(~chosen.unsqueeze(-1), 0.0).reshape(logits.shape[1:])
     if bool(broken.any()):
-        first = row_offset + int(broken.nonzero()[0])
-        raise ProbeError(f"logits are not finite at scored positions of sample {first}")
+        first = int(broken.nonzero()[0])
+        called = row_offset + first if number is None else number(first)
+        raise ProbeError(f"logits are not finite at scored positions of sample {called}")
     return result
 
 

@@ -55,7 +55,7 @@ class RayExecutor:
     def __init__(
         self, build: Callable[[], Worker], *, identity: str, address: str = _LOCAL, workers: int | None = None, gpu: bool = False
     ) -> None:
-        _use_token(address)
+        _use_token(os.environ.get("RAY_ADDRESS", "") if address == _LOCAL else address)
         try:
             import ray
         except ImportError as error:

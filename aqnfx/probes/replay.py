@@ -126,6 +126,8 @@ class BlockReplay:
                     # With one boundary left, none is what fits.
                     for p in gone or self._starts:
                         self._kept.pop(p, None)
+                used = {name for held in self._kept.values() for name in held}
+                copies = {name: value for name, value in copies.items() if name in used}
             self._step(block, place, values)
         return self._logits(values)
 

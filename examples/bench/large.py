@@ -104,12 +104,15 @@ def main() -> None:
     print(f"layer sweep at {len(LEVELS)} levels: {seconds:.1f} s, {record['sweep']['tokens_per_second']:.0f} tokens/s")
 
     began = clock(arguments)
-    hook_sweep(model, batches[:1], probes[: arguments.hook_layers], 1)
+    with torch.no_grad():
+        hook_sweep(model, batches[:1], probes[: arguments.hook_layers], 1)
     part = clock(arguments) - began
     runs = 1 + min(arguments.hook_layers, len(probes)) * len(LEVELS)  # with the clean one
     whole = part / runs * (1 + len(probes) * len(LEVELS)) * len(batches)
     record["hook_loop"] = {"seconds_scaled": whole, "runs_timed": runs, "speed": whole / seconds}
     print(f"hook loop: {whole:.1f} s, scaled from {runs} runs; {whole / seconds:.2f}x")
+    if torch.device(arguments.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
     score = f'insert-score{{where="ops:linear" samples={arguments.samples} draws={arguments.draws} channels=false}}'
     scored = Pipeline.parse(score)(tagged)

@@ -1,6 +1,6 @@
 """Measured sweeps against an eager forward-hook loop with the same statistics, side by side in one run.
 
-    python examples/bench/sweep.py [--samples 100] [--seeds 3] [--rounds 5] [--parts sweeps,forward,compile,scaling,adaptive]
+    python examples/bench/sweep.py [--samples 100] [--seeds 3] [--rounds 5] [--parts compile,forward,scaling,adaptive,sweeps]
                                    [--out FILE]
 
 The hook loop puts `y + level·|y|·randn_like(y)` behind the Linear modules of one layer, window or the whole model by
@@ -90,7 +90,8 @@ def hook_sweep(model: torch.nn.Module, batches: Sequence[Batch], probes: Sequenc
                     nll = -found.gather(-1, labels[:, None])[:, 0]
                     top = (clean.argmax(-1) == found.argmax(-1)).float()
                     for values in (kl, nll, top):
-                        torch.zeros(len(batch.input_ids), dtype=torch.float64).index_add_(0, owner, values.double())
+                        sums = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=values.device)
+                        sums.index_add_(0, owner, values.double())
 
 
 def sweep_of(probes: Sequence[Probe], seeds: int) -> Sweep:
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", default="forward,compile,scaling,adaptive,sweeps")
+    parser.add_argument("--parts", default="compile,forward,scaling,adaptive,sweeps")
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
     keep_freed_memory()

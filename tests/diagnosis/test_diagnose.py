@@ -13,6 +13,7 @@ from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.estimates import Options as interpret_options
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.predicted import predicted_record
+from aqnfx.diagnosis.prepare import prepare
 from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
 from aqnfx.probes.samples import load_tokenizer
 from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
@@ -65,6 +66,28 @@ def test_samples_of_like_length_are_run_together_and_nothing_else_changes(direct
         np.testing.assert_array_equal(found[1].scores[metric], values)
     stepwise = run(directory, ragged[::-1], Options(**options, adaptive=True))
     assert stepwise.tokens.tolist() == found[0].tokens.tolist()[::-1]  # looks at its first batches: as they come
+
+
+def test_a_journal_belongs_to_its_order_of_batches(directory: Path, tmp_path: Path) -> None:
+    options = {**QUICK, "batch_size": 1}
+    run(directory, TEXT, Options(**options), journal=tmp_path / "j")
+    with pytest.raises(ArtifactError, match="another run: batches was"):  # equal lengths: the same samples in file order
+        run(directory, TEXT, Options(**options, adaptive=True), journal=tmp_path / "j")
+
+
+def test_no_single_row_is_left_over(directory: Path) -> None:
+    found = {}
+    for count, size in ((5, 4), (7, 3), (3, 2), (1, 4), (6, 4)):
+        options = Options(**{**QUICK, "samples": count, "batch_size": size, "pack": False})
+        ready = prepare(directory, TEXT * 2, options, tell=lambda _: None)
+        found[count, size] = [batch.size for batch in ready.batches(options)]
+    assert found == {(5, 4): [3, 2], (7, 3): [2, 2, 2, 1], (3, 2): [2, 1], (1, 4): [1], (6, 4): [4, 2]}
+
+
+def test_a_model_that_is_elsewhere_is_not_taken_along() -> None:
+    model = build("qwen2", num_hidden_layers=2)
+    with pytest.raises(InputError, match="the model given is on cpu, and device meta was asked; say device='cpu', or move it"):
+        run(model, TEXT, Options(**QUICK, device="meta"), tokenizer=tokenizer())
 
 
 def test_predictions_of_an_interrupted_run_are_those_of_its_samples(directory: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import aqnfx
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.options import Options
-from aqnfx.errors import InputError, ModelError
+from aqnfx.errors import InputError, ModelError, TraceError
 from aqnfx.graph.frontend import load_model
 from aqnfx.probes.compile_choice import what_to_compile
 from tests.cli.tiny import TEXT, save_model
@@ -39,12 +39,30 @@ def test_a_model_with_hooks_is_traced_as_one_without(name: str) -> None:
         assert torch.equal(spread(**given).logits, plain(**given).logits)
 
 
-def test_a_spread_model_gives_the_same_map(directory: Path) -> None:
+def test_a_spread_model_gives_the_same_map(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hooked(name: str, *, dtype: torch.dtype, device: str) -> Any:
+        model: Any = load_model(name, dtype=dtype, device=device)
+        if device != "auto":
+            return model
+        parts = dict.fromkeys((*(f"model.{n}" for n in ("embed_tokens", "layers", "norm", "rotary_emb")), "lm_head"), "cpu")
+        return accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+
+    monkeypatch.setattr("aqnfx.diagnosis.prepare.load_model", hooked)
     options: dict[str, Any] = {"samples": 4, "seeds": 1, "levels": (0.3,), "max_length": 16, "window": 2, "compile": "no"}
     alone, spread = (run(directory, TEXT, Options(**options, device=device)) for device in ("cpu", "auto"))
     for metric, scores in alone.scores.items():
         np.testing.assert_array_equal(spread.scores[metric], scores)
     assert load_model(str(directory), device="auto", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_sharded_weights_are_refused() -> None:
+    class DTensor(torch.Tensor):
+        pass
+
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(torch.ones(2, 2).as_subclass(DTensor))
+    with pytest.raises(TraceError, match=r"sharded over processes \(DTensor\)"):
+        aqnfx.trace(model, ((torch.ones(1, 2),), {}))
 
 
 def test_misuse_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +71,7 @@ def test_misuse_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="device auto is for models that are loaded here"):
         run(build("qwen2", num_hidden_layers=2), TEXT, Options(device="auto"))
     monkeypatch.setattr("transformers.Qwen2ForCausalLM.from_pretrained", lambda *_a, **_k: torch.nn.Linear(2, 2, device="meta"))
-    with pytest.raises(ModelError, match="does not fit into the memory of this machine; load it with a smaller dtype"):
+    with pytest.raises(ModelError, match=r"does not fit into the accelerators of this machine .*smaller dtype"):
         load_model(str(directory), device="auto")
 
 

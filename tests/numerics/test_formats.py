@@ -95,6 +95,10 @@ def test_shapes_and_dtypes_are_kept_and_finite_stays_finite(name: str, shape: tu
             assert bool(found.isfinite().all())
             assert found.data_ptr() != x.data_ptr() or not x.numel()
     assert torch.equal(quantize(torch.zeros(4, 40), fmt), torch.zeros(4, 40))
+    if fmt.grouping != "none":
+        for value, dtype in ((2e38, torch.float32), (65504.0, torch.float16)):
+            wide = torch.tensor([value, -value, 1.0] * 20, dtype=dtype)
+            assert bool(quantize(wide, fmt, channel_dim=-1).isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "mxint8", "nvfp4", "int4:g32", "fp8_e4m3:row"])

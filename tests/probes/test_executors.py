@@ -227,13 +227,16 @@ def test_a_cluster_elsewhere_is_joined_as_client(
     assert all(np.array_equal(np.array(values, alone.scores[name].dtype), alone.scores[name]) for name, values in scores.items())
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("token", [None, "RAY_AUTH_TOKEN"])
-def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str | None) -> None:
+def test_a_cluster_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str | None, named: bool
+) -> None:
     pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
     from aqnfx.probes.ray_executor import RayExecutor
 
-    def silent(address: str, **_: Any) -> None:
-        assert address == "ray://nowhere:10001"
+    def silent(address: str | None = None, **_: Any) -> None:
+        assert address == (None if named else "ray://nowhere:10001")
         raise ConnectionError("ray client connection timeout")
 
     monkeypatch.setattr("ray.init", silent)
@@ -244,8 +247,10 @@ def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name)
     if token:
         monkeypatch.setenv(token, "0" * 64)
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:10001")
     with pytest.raises(InputError, match=r"^the Ray cluster 'ray://nowhere:10001' cannot be reached: ray client conn.*; check"):
-        RayExecutor(lambda: None, identity="", address="ray://nowhere:10001")  # type: ignore[arg-type,return-value]
+        RayExecutor(lambda: None, identity="", address="ray" if named else "ray://nowhere:10001")  # type: ignore[arg-type,return-value]
     assert os.environ.get("RAY_AUTH_MODE") == ("token" if token else None)
 
 

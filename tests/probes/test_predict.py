@@ -224,6 +224,9 @@ def test_random_draws_come_within_one_percent(net, tagged):
 def test_projections_have_the_covariance_of_the_fisher_matrix():
     logits = torch.tensor([[[0.3, -1.0, 2.0], [5.0, 5.0, -9.0]]], dtype=torch.float64)
     mask = torch.tensor([[True, True]])
+    broken = torch.full_like(logits, float("nan"))
+    with pytest.raises(ProbeError, match="at scored positions of sample 40"):
+        projection(broken, mask, seed=1, draw=0, row_offset=0, number=lambda row: 40 + row)
     draws = torch.stack([projection(logits, mask, seed=1, draw=k, row_offset=0)[0] for k in range(4000)])
     for t in range(2):
         p = torch.softmax(logits[0, t], -1)
