@@ -101,8 +101,10 @@ class Subject:
         """Prepare ``model`` (a directory, a name or a module) on a file of running text, or on texts of one sample each."""
         options = Options(
             samples=setting.samples, batch_size=setting.samples, max_length=setting.length, ops="core,grouped_mm", task="kl",
-            pack=isinstance(data, Path),
+            pack=isinstance(data, Path), adaptive=True,
         )  # fmt: skip
+        # adaptive: samples as they come. Nothing is stopped early here; all samples are one batch, and a sample's noise
+        # stays that of its place in the data.
         ready = prepare(model, data, options, tokenizer=tokenizer, tell=lambda _: None)
         every = [probe.key for probe in plan_probes(ready.program, Selector.parse(options.where), kinds=("site",))]
         where = f"sites:{'|'.join(spread(every, setting.sites))}"
