@@ -75,7 +75,7 @@ def command(
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
     pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
-    device: str = typer.Option("cpu", help="Device to run on."),
+    device: str = typer.Option("cpu", help="Device to run on; auto: layer by layer over all accelerators."),
     dtype: str = typer.Option("float32", help="What the model is loaded in: float32, bfloat16 or float16."),
     adaptive: bool = typer.Option(False, "--adaptive", help="Stop sampling what is settled."),
     budget: str = typer.Option(None, help="Time for measuring: 90s, 10m, 2h (implies --adaptive)."),

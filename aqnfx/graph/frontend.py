@@ -102,8 +102,10 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         wanted = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
         cls = getattr(transformers, wanted, transformers.AutoModelForCausalLM)
-        spread = {"device_map": "auto"} if device == SPREAD else {}
-        model: nn.Module = cls.from_pretrained(path, dtype=dtype, trust_remote_code=False, **spread)
+        # Safetensors only: weights in pickled files are code of whoever wrote them.
+        model: nn.Module = cls.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map="auto" if device == SPREAD else None
+        )
     except Exception as error:  # transformers, safetensors and the hub each raise their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot load model {name!r}: {reason.strip()}") from error

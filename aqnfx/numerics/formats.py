@@ -100,12 +100,13 @@ class Format:
     @property
     def bits(self) -> float:
         """Bits per value with the scales that the format itself has per block; scales of rows and tensors are extra."""
-        scale_bits = {"fp32": 32, "e8m0": 8, "e4m3": 8, "none": 0}[self.scale]
-        return self.element.bits + (self._scale_bits(scale_bits) / self.block if self.grouping == "block" else 0.0)
+        return self.element.bits + (self._group_bits / self.block if self.grouping == "block" else 0.0)
 
-    def _scale_bits(self, bits: int) -> int:
+    @property
+    def _group_bits(self) -> int:
+        """Bits of one scale, and of the zero point beside it."""
         offset = isinstance(self.element, IntElement) and self.element.zero_point
-        return bits + (self.element.bits if offset else 0)
+        return {"fp32": 32, "e8m0": 8, "e4m3": 8, "none": 0}[self.scale] + (self.element.bits if offset else 0)
 
     def stored_bits(self, shape: tuple[int, ...], channel_dim: int = 0) -> int:
         """Return the bits of a whole tensor of ``shape``, scales and zero points included."""
@@ -115,8 +116,7 @@ class Format:
             "none": 0, "tensor": 1, "channel": shape[channel_dim] if shape else 1, "row": count // max(width, 1),
             "block": count // max(width, 1) * -(-width // max(self.block, 1)),
         }[self.grouping]  # fmt: skip
-        each = self._scale_bits({"fp32": 32, "e8m0": 8, "e4m3": 8, "none": 0}[self.scale])
-        return count * self.element.bits + groups * each + (32 if self.scale == "e4m3" else 0)
+        return count * self.element.bits + groups * self._group_bits + (32 if self.scale == "e4m3" else 0)
 
 
 def _exponent_field(x: Tensor) -> Tensor:
