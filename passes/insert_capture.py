@@ -23,7 +23,7 @@ from aqnfx.passes.base import Pass, select_or_raise
 class InsertCapture(Pass):
     """Put one ``aqnfx::capture`` node behind every site that ``where`` selects, with accumulators of its own.
 
-    ``perturb`` names the declared perturbation (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) whose Σδ² is
+    ``perturb`` names the declared perturbation (:func:`~aqnfx.numerics.perturbations.perturbation`) whose Σδ² is
     accumulated for the SQNR, "" none. Statistics are per channel of the last dimension (after a convolution of the
     second) where its size is fixed, else of all elements together. Positions with an ``attention_mask`` of 0 do not
     count where a site begins with the sizes (batch, sequence) of that input or of ``input_ids``, or with their

@@ -27,7 +27,7 @@ class InsertScore(Pass):
     ``kind`` is the noise whose cost is accumulated, ``samples`` and ``draws`` the number of samples and of projection
     draws that there is room for, ``channels`` also accumulates per channel: of the last dimension, of the second
     after a convolution. ``perturb`` names declared perturbations
-    (:data:`~aqnfx.numerics.perturbations.PERTURBATIONS`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
+    (:func:`~aqnfx.numerics.perturbations.perturbation`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
     scores every floating-point parameter: Σ g², for the Fisher trace.
     """
 

@@ -21,7 +21,7 @@ from aqnfx.errors import InputError, nearest
 from aqnfx.numerics.noise import as_int32
 
 Grouping = Literal["none", "tensor", "channel", "row", "block"]
-Scale = Literal["none", "fp32", "e8m0", "e4m3"]
+Scale = Literal["none", "fp32", "bf16", "e8m0", "e4m3"]
 
 _EXPONENT = 0x7F800000
 _TO_INTEGER = 1.5 * 2.0**23  # adding it to fp32 leaves no fraction: the sum rounds to nearest, ties to even
@@ -87,8 +87,8 @@ class Format:
 
     ``grouping`` is what shares a scale: "tensor"; "channel", every index of one dimension; "row", every vector along the
     last dimension (an output channel of a weight, a token of an activation); "block", ``block`` consecutive values of
-    the last dimension; "none" has no scale. ``scale``: "fp32"; "e8m0", a power of two; "e4m3", an 8-bit float times one
-    fp32 scale per tensor.
+    the last dimension; "none" has no scale. ``scale``: "fp32"; "bf16", the fp32 one rounded; "e8m0", a power of two;
+    "e4m3", an 8-bit float times one fp32 scale per tensor.
     """
 
     name: str
@@ -103,10 +103,15 @@ class Format:
         return self.element.bits + (self._group_bits / self.block if self.grouping == "block" else 0.0)
 
     @property
+    def static(self) -> bool:
+        """Whether a scale is of the whole tensor, so that it can be fixed before the values are known."""
+        return self.grouping == "tensor" or self.scale == "e4m3"
+
+    @property
     def _group_bits(self) -> int:
         """Bits of one scale, and of the zero point beside it."""
         offset = isinstance(self.element, IntElement) and self.element.zero_point
-        return {"fp32": 32, "e8m0": 8, "e4m3": 8, "none": 0}[self.scale] + (self.element.bits if offset else 0)
+        return {"fp32": 32, "bf16": 16, "e8m0": 8, "e4m3": 8, "none": 0}[self.scale] + (self.element.bits if offset else 0)
 
     def stored_bits(self, shape: tuple[int, ...], channel_dim: int = 0) -> int:
         """Return the bits of a whole tensor of ``shape``, scales and zero points included."""
@@ -157,19 +162,31 @@ def _round_mantissa(x: Tensor, dropped: int) -> Tensor:
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
-def quantize(x: Tensor, fmt: Format, *, channel_dim: int = 0) -> Tensor:
+def quantize(
+    x: Tensor, fmt: Format, *, dim: int = -1, channel_dim: int = 0, bounds: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Return ``x`` as ``fmt`` stores it, with the dtype and shape of ``x``; the arithmetic is in fp32.
 
-    ``channel_dim`` is the dimension of the grouping "channel". A last block that is not full stands as if zeros followed.
+    ``dim`` is the dimension that rows and blocks run along (where products sum), ``channel_dim`` that of the grouping
+    "channel". A last block that is not full stands as if zeros followed. ``bounds``, two scalars, are the least and the
+    largest value that a scale of the whole tensor is made for, instead of those of ``x``; what lies beyond saturates.
     Groups of zeros stay zeros. NaN stays NaN; an infinity takes part as the format says: where a scale is read off the
-    values, its whole group becomes NaN, since no scale describes it. Empty tensors come back as they are.
+    values, its whole group becomes NaN, since no scale describes it. Empty tensors come back as they are. Raises
+    :class:`InputError` for bounds where no scale is of the whole tensor.
     """
+    if bounds is not None and not fmt.static:
+        raise InputError(
+            f"format {fmt.name} reads its scales off the values; fixed bounds need intN:tensor, fp8_*:tensor or nvfp4"
+        )
     if x.numel() == 0:
         return x.clone()
     wide = x.to(torch.float32)
     if fmt.grouping == "none":
         return round_element(wide, fmt.element).to(x.dtype)
-    return _held(_grouped(wide, fmt, channel_dim), x.dtype)
+    if fmt.grouping in ("row", "block") and x.dim() > 1 and dim % x.dim() != x.dim() - 1:
+        moved = wide.movedim(dim, -1)
+        return _held(_grouped(moved, fmt, channel_dim, bounds), x.dtype).movedim(-1, dim)
+    return _held(_grouped(wide, fmt, channel_dim, bounds), x.dtype)
 
 
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,35 +195,44 @@ def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if dtype.itemsize >= 4 else x.clamp(-largest, largest)).to(dtype)
 
 
-def _grouped(wide: Tensor, fmt: Format, channel_dim: int) -> Tensor:
+def _grouped(wide: Tensor, fmt: Format, channel_dim: int, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
     if fmt.grouping == "block":
-        return _by_blocks(wide, fmt)
+        return _by_blocks(wide, fmt, bounds)
     if fmt.grouping == "tensor" or wide.dim() == 0:
         dims = tuple(range(wide.dim()))
     elif fmt.grouping == "row":
         dims = (wide.dim() - 1,)
     else:
         dims = tuple(d for d in range(wide.dim()) if d != channel_dim % wide.dim())
-    return _scaled(wide, fmt, dims, None)
+    return _scaled(wide, fmt, dims, None, bounds)
 
 
-def _by_blocks(x: Tensor, fmt: Format) -> Tensor:
+def _largest(bounds: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the largest magnitude that bounds allow."""
+    low, high = bounds
+    return torch.maximum(low.abs(), high.abs()).to(torch.float32)
+
+
+def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
     flat = x.reshape(1) if x.dim() == 0 else x
     width = flat.shape[-1]
     missing = -width % fmt.block
     padded = pad(flat, (0, missing)) if missing else flat
     blocks = padded.reshape(*padded.shape[:-1], -1, fmt.block)
-    whole = x.abs().amax() if fmt.scale == "e4m3" else None
-    found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole).reshape(padded.shape)
+    whole = (x.abs().amax() if bounds is None else _largest(bounds)) if fmt.scale == "e4m3" else None
+    found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole, None).reshape(padded.shape)
     return (found[..., :width] if missing else found).reshape(x.shape)
 
 
-def _scaled(x: Tensor, fmt: Format, dims: tuple[int, ...], whole: Tensor | None) -> Tensor:
+def _scaled(
+    x: Tensor, fmt: Format, dims: tuple[int, ...], whole: Tensor | None, bounds: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Return ``x`` stored with one scale per slice over ``dims``; ``whole`` is the largest magnitude of the tensor."""
     element = fmt.element
     if isinstance(element, IntElement) and element.zero_point:
-        return _with_zero_point(x, element, dims)
-    largest = x.abs().amax(dims, keepdim=True) if dims else x.abs()
+        return _with_zero_point(x, fmt, element, dims, bounds)
+    found = x.abs().amax(dims, keepdim=True) if dims and bounds is None else x.abs()
+    largest = found if bounds is None else _largest(bounds)
     if fmt.scale == "e8m0":
         top = element.top if isinstance(element, FloatElement) else 0
         field = _exponent_field(largest)
@@ -218,8 +244,13 @@ def _scaled(x: Tensor, fmt: Format, dims: tuple[int, ...], whole: Tensor | None)
         tensor_scale = _divisor(whole / (E4M3.largest * element.largest))
         scale = round_element(largest / element.largest / tensor_scale, E4M3) * tensor_scale
     else:
-        scale = largest / element.largest
+        scale = _stored_scale(largest / element.largest, fmt)
     return round_element(x / _divisor(scale), element) * scale
+
+
+def _stored_scale(scale: Tensor, fmt: Format) -> Tensor:
+    """Return an fp32 scale as the format stores it."""
+    return _round_mantissa(scale, 23 - BF16.mantissa) if fmt.scale == "bf16" else scale
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -227,11 +258,17 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _with_zero_point(x: Tensor, element: IntElement, dims: tuple[int, ...]) -> Tensor:
+def _with_zero_point(
+    x: Tensor, fmt: Format, element: IntElement, dims: tuple[int, ...], bounds: tuple[Tensor, Tensor] | None
+) -> Tensor:
     steps = float((1 << element.bits) - 1)
-    low = x.amin(dims, keepdim=True).clamp_max(0.0) if dims else x.clamp_max(0.0)
-    high = x.amax(dims, keepdim=True).clamp_min(0.0) if dims else x.clamp_min(0.0)
-    scale = _divisor(high / steps - low / steps)  # each by itself: their difference may overflow
+    if bounds is not None:
+        low, high = (bound.to(torch.float32) for bound in bounds)
+    else:
+        low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    # Each by itself: their difference may overflow.
+    scale = _divisor(_stored_scale(high / steps - low / steps, fmt))
     zero = torch.round(-low / scale).clamp(0.0, steps)
     stored = (torch.round(x / scale) + zero).clamp(0.0, steps)
     return (stored - zero) * scale
@@ -245,16 +282,18 @@ _MX: dict[str, Element] = {
 }  # fmt: skip
 _INTEGERS = {f"int{bits}": bits for bits in (2, 3, 4, 6, 8)}
 KNOWN = (*_INTEGERS, *_FP8, *_MX, "nvfp4", *_PLAIN)
-_GROUPS = ("tensor", "channel", "row", "token")
+_GROUPS = ("tensor", "channel", "row", "token", "none")
 
 
 def parse_format(text: str) -> Format:
     """Return the format that a text names; raises :class:`InputError` for any other text.
 
     ``int2``, ``int3``, ``int4``, ``int6``, ``int8``, ``fp8_e4m3`` and ``fp8_e5m2`` take what shares a scale: ``:tensor``,
-    ``:channel``, ``:row`` (or ``:token``, the same), ``:g32`` (any block size; the default is ``:row``); integers also
-    ``:asym`` for a zero point. ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``, ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``,
-    ``nvfp4``, ``bf16``, ``fp16`` and ``tf32`` are whole as they stand.
+    ``:channel``, ``:row`` (or ``:token``, the same), ``:g32`` (any block size; the default is ``:row``), and the type of
+    the scale, ``:fp32`` or ``:bf16`` (symmetric blocks of integers have bf16 scales, as files and kernels store them; all
+    others fp32: with a zero point a rounded scale would make a second rounding differ from the first); integers also
+    ``:asym`` for a zero point, fp8 ``:none`` for no scale. ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``,
+    ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, ``nvfp4``, ``bf16``, ``fp16`` and ``tf32`` are whole as they stand.
     """
     base, *options = text.strip().lower().split(":")
     if base not in KNOWN:
@@ -268,15 +307,25 @@ def parse_format(text: str) -> Format:
             return Format(name=base, element=E2M1, grouping="block", scale="e4m3", block=16)
         return Format(name=base, element=_MX[base], grouping="block", scale="e8m0", block=32)
     asymmetric = "asym" in options
-    groups = [option for option in options if option != "asym"]
-    if len(groups) > 1 or options.count("asym") > 1 or (asymmetric and base not in _INTEGERS):
-        raise InputError(f"format {text!r}: one of {', '.join(_GROUPS)}, gN, and for integers asym, were expected")
+    scales = [option for option in options if option in ("fp32", "bf16")]
+    groups = [option for option in options if option not in ("asym", "fp32", "bf16")]
+    known = _GROUPS if base in _FP8 else _GROUPS[:-1]
+    if max(len(groups), len(scales), options.count("asym")) > 1 or (asymmetric and base not in _INTEGERS):
+        raise InputError(
+            f"format {text!r}: one of {', '.join(known)}, gN, one of fp32, bf16, and for integers asym, were expected"
+        )
     group, block = groups[0] if groups else "row", 0
     if match := re.fullmatch(r"g([1-9]\d{0,5})", group):
         group, block = "block", int(match[1])
-    elif group not in _GROUPS:
-        raise InputError(f"format {text!r}: {group!r} is not one of {', '.join(_GROUPS)}, gN{nearest(group, _GROUPS)}")
+    elif group not in known:
+        raise InputError(f"format {text!r}: {group!r} is not one of {', '.join(known)}, gN{nearest(group, known)}")
     group = "row" if group == "token" else group
+    usual = "none" if group == "none" else "bf16" if block and base in _INTEGERS and not asymmetric else "fp32"
+    if group == "none" and scales:
+        raise InputError(f"format {text!r}: no scale and one in {scales[0]} cannot be meant together")
+    scale = scales[0] if scales else usual
     element: Element = _FP8[base] if base in _FP8 else IntElement(bits=_INTEGERS[base], zero_point=asymmetric)
-    name = f"{base}:{f'g{block}' if block else group}{':asym' if asymmetric else ''}"
-    return Format(name=name, element=element, grouping=group, scale="fp32", block=block)  # type: ignore[arg-type]
+    suffix = (f"g{block}" if block else group, *((scale,) if scale != usual else ()), *(("asym",) if asymmetric else ()))
+    return Format(
+        name=":".join((base, *suffix)), element=element, grouping=group, scale=scale, block=block,  # type: ignore[arg-type]
+    )  # fmt: skip

@@ -22,7 +22,8 @@ FLOATS: dict[str, tuple[F.FloatElement, Any]] = {
     "e5m2": (F.E5M2, ml_dtypes.float8_e5m2),
 }  # fmt: skip
 ALL = (
-    *KNOWN, "int4:g32", "int3:g7", "int8:tensor", "int4:channel", "int4:asym", "int8:g16:asym", "fp8_e4m3:tensor",
+    *KNOWN, "int4:g32", "int3:g7", "int4:g32:fp32", "int8:row:bf16", "fp8_e4m3:none", "int8:g128",
+    "int8:tensor", "int4:channel", "int4:asym", "int8:g16:asym", "fp8_e4m3:tensor",
     "fp8_e5m2:g128",
 )  # fmt: skip
 
@@ -121,6 +122,35 @@ def test_a_group_with_a_value_that_is_not_finite_is_nan_and_no_other(name: str, 
     assert torch.equal(found, clean)
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int4:g7", "int8:row", "fp8_e4m3:row"])
+@pytest.mark.parametrize("dim", [0, 1, -2])
+def test_rows_and_blocks_run_along_any_dimension(name: str, dim: int) -> None:
+    x, fmt = torch.randn(33, 20, 5, generator=torch.Generator().manual_seed(3)), parse_format(name)
+    expected = quantize(x.movedim(dim, -1).contiguous(), fmt).movedim(-1, dim)
+    assert torch.equal(quantize(x, fmt, dim=dim), expected)
+    assert not torch.equal(quantize(x, fmt), expected)
+
+
+@pytest.mark.parametrize("name", ["int8:tensor", "int4:tensor:asym", "fp8_e4m3:tensor", "fp8_e5m2:tensor", "nvfp4"])
+def test_fixed_bounds_are_those_of_the_tensor_or_saturate(name: str) -> None:
+    x, fmt = torch.randn(8, 64, generator=torch.Generator().manual_seed(4)) + 0.3, parse_format(name)
+    whole = quantize(x, fmt)
+    assert torch.equal(quantize(x, fmt, bounds=(x.min(), x.max())), whole)
+    parts = [quantize(part, fmt, bounds=(x.min(), x.max())) for part in x.split(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    limits = torch.tensor(-1.0), torch.tensor(2.0)
+    narrow = quantize(torch.tensor([-9.0, 9.0, 0.5]), fmt, bounds=limits)
+    low = -1.0 if name.endswith("asym") else -2.0
+    assert narrow[:2].tolist() == pytest.approx([low, 2.0], rel=0.15 if fmt.scale == "e4m3" else 1e-6)
+    assert bool(quantize(torch.tensor([math.nan, 1.0]), fmt, bounds=limits)[0].isnan())
+
+
+def test_bounds_for_scales_that_are_read_off_the_values_are_refused() -> None:
+    for name in ("mxfp4", "int8:row", "int4:g32", "fp8_e4m3:channel", "bf16"):
+        with pytest.raises(InputError, match=f"format {name} reads its scales off the values"):
+            quantize(torch.ones(3), parse_format(name), bounds=(torch.zeros(()), torch.ones(())))
+
+
 # Properties ---------------------------------------------------------------------------------------------------------
 
 rows = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=70).map(lambda v: torch.tensor(v, dtype=torch.float32))
@@ -153,8 +183,8 @@ def test_the_order_and_the_signs_of_a_group_are_kept(x: torch.Tensor, fmt: Forma
 @settings(max_examples=200, deadline=None)
 @given(rows, some, st.integers(-20, 20))
 def test_a_power_of_two_passes_through(x: torch.Tensor, fmt: Format, exponent: int) -> None:
-    if fmt.grouping == "none" and fmt.name == "fp16":
-        exponent = 0  # it has no scale, and few exponents
+    if fmt.name in ("fp16", "fp8_e4m3:none"):
+        exponent = 0  # they have no scale, and few exponents
     x = torch.where(x.abs() < 1e-20, 0.0, x)  # no subnormal numbers on either side
     factor = 2.0**exponent
     assert torch.equal(quantize(x * factor, fmt, channel_dim=-1), quantize(x, fmt, channel_dim=-1) * factor)
@@ -165,11 +195,12 @@ def test_a_power_of_two_passes_through(x: torch.Tensor, fmt: Format, exponent: i
 
 def test_effective_bits() -> None:
     expected = {
-        "mxfp4": 4.25, "nvfp4": 4.5, "mxfp8_e4m3": 8.25, "mxfp6_e2m3": 6.25, "mxint8": 8.25, "int4:g32": 5.0, "bf16": 16.0,
-        "tf32": 19.0,
+        "mxfp4": 4.25, "nvfp4": 4.5, "mxfp8_e4m3": 8.25, "mxfp6_e2m3": 6.25, "mxint8": 8.25, "int4:g32": 4.5, "bf16": 16.0,
+        "tf32": 19.0, "int4:g32:fp32": 5.0, "fp8_e4m3:g128": 8.25,
     }  # fmt: skip
     assert {name: parse_format(name).bits for name in expected} == expected
     assert parse_format("int4:g32:asym").bits == 4 + 36 / 32
+    assert parse_format("int8:row:bf16").stored_bits((3, 10)) == 240 + 3 * 16
     assert parse_format("int8:row").stored_bits((3, 10)) == 240 + 3 * 32
     assert parse_format("mxfp4").stored_bits((3, 33)) == 99 * 4 + 3 * 2 * 8
     assert parse_format("nvfp4").stored_bits((16,)) == 64 + 8 + 32
@@ -178,7 +209,8 @@ def test_effective_bits() -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("INT4", "int4:row"), ("int8:token", "int8:row"), (" mxfp4 ", "mxfp4"), ("int4:asym:g32", "int4:g32:asym")],
+    [("INT4", "int4:row"), ("int8:token", "int8:row"), (" mxfp4 ", "mxfp4"), ("int4:asym:g32", "int4:g32:asym"),
+     ("int4:fp32:g32", "int4:g32:fp32"), ("int4:g32:bf16", "int4:g32"), ("int8:fp32", "int8:row")],
 )
 def test_names(text: str, name: str) -> None:
     assert parse_format(text).name == name
@@ -192,7 +224,10 @@ def test_names(text: str, name: str) -> None:
         ("int5", "unknown format 'int5'"),
         ("mxfp4:g16", "format mxfp4 has no options, found g16"),
         ("int4:g0", "'g0' is not one of tensor, channel, row, token, gN"),
-        ("int4:g32:row", "one of tensor, channel, row, token, gN, and for integers asym"),
+        ("int4:none", "'none' is not one of"),
+        ("fp8_e4m3:none:bf16", "no scale and one in bf16"),
+        ("int4:bf16:fp32", "one of fp32, bf16"),
+        ("int4:g32:row", "one of tensor, channel, row, token, gN, one of fp32, bf16, and for integers asym"),
         ("fp8_e4m3:asym", "for integers asym"),
         ("int4:colum", "'colum' is not one of"),
         ("", "unknown format ''"),

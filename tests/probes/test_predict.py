@@ -351,8 +351,8 @@ def test_misuse_is_refused(tagged):
         found.kl(["head:linear:0"], 0.1)
     with pytest.raises(InputError, match="'bias' was not declared; declared: none"):
         found.perturbed_kl(SITES, "bias")
-    with pytest.raises(InputError, match="unknown perturbation 'int3'"):
-        scored(tagged, perturb="int3")
+    with pytest.raises(InputError, match="unknown perturbation 'int5'"):
+        scored(tagged, perturb="int5")
     with pytest.raises(PassError, match="has score nodes already"):
         Pipeline.parse("insert-score")(program)
 
