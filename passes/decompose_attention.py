@@ -15,11 +15,13 @@ from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.opkinds import OpKind, op_kind
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
-from aqnfx.graph.sites import Site
+from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.tags import get_tag, tensor_value
 from aqnfx.passes.base import Pass
 
-INSIDE = frozenset({OpKind.SOFTMAX, OpKind.MATMUL})
+INSIDE = (
+    (OpKind.SOFTMAX, Role.OUTPUT), *((OpKind.MATMUL, role) for role in (Role.OUTPUT, Role.INPUT, Role.KEY, Role.VALUE)),
+)  # fmt: skip
 
 
 def attention(
@@ -67,14 +69,15 @@ class DecomposeAttention(Pass):
     def run(self, program: Program) -> None:
         """Replace the fused nodes; nothing happens where ``where`` selects nothing inside an attention."""
         selector, traces = Selector.parse(self.where), Traces()
-        if not selector.kinds() & INSIDE:
+        if not selector.kinds() & {op for op, _ in INSIDE}:
             return
         for node in list(program.graph.nodes):
             if node.op != "call_function" or op_kind(node.target) is not OpKind.SDPA:
                 continue
             tag = get_tag(node)
             candidates = [
-                Site(module=tag.module, op=op, layer=tag.layer, stack=tag.stack, region="attention") for op in INSIDE
+                Site(module=tag.module, op=op, role=role, layer=tag.layer, stack=tag.stack, region="attention")
+                for op, role in INSIDE
             ]
             # Ids of what is inside exist only after opening: a selector by id opens by its module.
             by_id = any(site.split(":")[0] == tag.module for site in selector.sites)

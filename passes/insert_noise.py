@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-import aqnfx.numerics.ops  # noqa: F401  (registers aqnfx::noise)
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import NoiseControls
-from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.controls import COUNT, NOISE, NoiseControls, site_key, stem_of
+from aqnfx.graph.edit import control_buffer, insert_after, insert_at
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
 from aqnfx.passes.base import Pass, select_or_raise
-
-
-def site_key(site: str) -> int:
-    """Return the site's 32-bit stream key: the start of the SHA-256 of its id, so equal in every trace and process."""
-    return as_int32(int.from_bytes(hashlib.sha256(site.encode()).digest()[:4], "little"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,7 @@ class InsertNoise(Pass):
 
     def run(self, program: Program) -> None:
         """Insert the nodes and register their buffers."""
-        nodes = program.site_nodes()
+        places = program.places
         chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty)
         noised = set(NoiseControls.of(program.module).sites)
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
@@ -75,12 +68,10 @@ class InsertNoise(Pass):
         backward = self.level if self.phases != "forward" else 0.0
         for site in chosen:
             if site.id in noised:
-                raise PassError(f"{self.name}: {site.id} already has a noise node; strip first, or set its controls")
-            anchor = nodes[site.id]
-            value = tensor_value(anchor)
+                raise PassError(f"{self.name}: {site.id} has controls already; strip first, or set those")
+            value = tensor_value(places[site.id].value)
             assert value is not None  # a site is a node with one tensor
-            # The key tells apart ids that differ in punctuation only.
-            stem = f"noise_{''.join(c if c.isalnum() else '_' for c in site.id)}_{site_key(site.id) & 0xFFFF:04x}"
+            stem = stem_of(site.id)
             level = buffer(f"{stem}_level", torch.tensor([forward, backward]), site.id)
             key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
             hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)
@@ -90,14 +81,13 @@ class InsertNoise(Pass):
             if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
                 cols = buffer(f"columns_{width}", columns(width), None)
             rows = sample_count(value, batch)
-            args: tuple[Any, ...] = (anchor, level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
-            options = {"inserted_by": self.name, "site": site.id}
+            args: tuple[Any, ...] = (level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not.
             keep_zeros = site.op == OpKind.SOFTMAX
             if keep_zeros or self.compiled:
                 args = (*args, 0, keep_zeros, self.compiled)
-            noise = insert_after(anchor, torch.ops.aqnfx.noise.default, args, reroute=True, **options)
-            insert_after(noise, torch.ops.aqnfx.count.default, (level, hits), reroute=False, **options)
+            noise = insert_at(places[site.id], NOISE, args, inserted_by=self.name, reroute=True)
+            insert_after(noise, COUNT, (level, hits), inserted_by=self.name, site=site.id, reroute=False)
 
     def _dim(self, site: str, value: torch.Tensor) -> int:
         if not -value.dim() <= self.channel_dim < value.dim():

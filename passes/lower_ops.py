@@ -10,6 +10,7 @@ import torch
 from aqnfx.errors import PassError
 from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
+from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import noise_reference
 from aqnfx.numerics.ops import count_reference
 from aqnfx.passes.base import Pass
@@ -17,9 +18,9 @@ from aqnfx.passes.base import Pass
 
 @dataclass(frozen=True, kw_only=True)
 class LowerOps(Pass):
-    """Replace ``aqnfx::noise`` and ``aqnfx::count`` by the plain operations that define them.
+    """Replace ``aqnfx::noise``, ``aqnfx::fake_quant`` and ``aqnfx::count`` by the plain operations that define them.
 
-    The result is for inference: it has forward noise only, because plain operations cannot perturb a gradient. The
+    The result is for inference: plain operations neither perturb a gradient nor let it pass through rounding. The
     control buffers stay, so levels, seeds and masks still change without compiling again.
     """
 
@@ -33,8 +34,11 @@ class LowerOps(Pass):
                 node.args = node.args[:11]  # all but "compiled", which says how and not what
                 expand(program.module, node, noise_reference, traces)
                 lowered += 1
+            elif node.target is torch.ops.aqnfx.fake_quant.default:
+                expand(program.module, node, fake_quant_reference, traces)
+                lowered += 1
             elif node.target is torch.ops.aqnfx.count.default:
                 expand(program.module, node, count_reference, traces)
         if not lowered:
-            raise PassError("lower-ops found no aqnfx operations; run insert-noise first")
+            raise PassError("lower-ops found no aqnfx operations; run insert-noise or insert-fake-quant first")
 

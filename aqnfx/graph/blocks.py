@@ -13,13 +13,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
+from aqnfx.graph.controls import COUNT, FAKE_QUANT, NOISE, is_switched
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.tags import get_tag, static_size
+from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import with_keys
 from aqnfx.numerics.ops import count_reference
-
-NOISE = (torch.ops.aqnfx.noise.default, torch.ops.aqnfx.count.default)
 
 
 def number_blocks(program: Program) -> dict[Node, int]:
@@ -50,9 +50,9 @@ class Block:
 
     ``inputs`` and ``outputs`` name values of the whole graph (its inputs by their placeholder), ``attributes`` parameters
     and buffers of its module. Blocks with the same ``fingerprint`` compute the same function of tensors of the same
-    shapes and dtypes. ``noisy``: ids of the sites with a noise node in it; ``pattern`` their places among those of the
-    whole graph's block. ``dynamic``: the dimensions of every input and attribute that the batch decides. ``lowered``: the
-    noise is plain functions for a compiler.
+    shapes and dtypes. ``noisy``: ids of the sites with a noise node, or a fake-quant node with controls, in it;
+    ``pattern`` their places among those of the whole graph's block. ``dynamic``: the dimensions of every input and
+    attribute that the batch decides. ``lowered``: noise and formats are plain functions for a compiler.
     """
 
     number: int
@@ -87,7 +87,7 @@ def cut(
     for number, nodes in sorted(members.items()):
         if only is not None and number not in only:
             continue
-        sites = [str(get_tag(n).site) for n in nodes if n.target is NOISE[0]]
+        sites = [str(get_tag(n).site) for n in nodes if is_switched(n)]
         kept = frozenset(s for s in sites if (noise if wanted is None else s in wanted))
         found.append(_extract(program, number, nodes, kept, tuple(i for i, s in enumerate(sites) if s in kept)))
     return tuple(found)
@@ -101,7 +101,7 @@ def _extract(
     program: Program, number: int, nodes: Sequence[Node], kept: frozenset[str], pattern: tuple[int, ...]
 ) -> Block:
     inside = set(nodes)
-    gone = {n for n in nodes if n.target in NOISE and get_tag(n).site not in kept}
+    gone = {n for n in nodes if (is_switched(n) or n.target is COUNT) and get_tag(n).site not in kept}
     read = [n for node in nodes for n in (node.args[:1] if node in gone else node.all_input_nodes)]
     # In order of first use: equal blocks then take their weights in the same order.
     outer = dict.fromkeys(n for n in read if isinstance(n, Node) and n not in inside)
@@ -109,7 +109,12 @@ def _extract(
     # Sizes are read off a tensor that crosses too: as integers of their own a compiler would take them for constants.
     sizes = {n: found for n in crossing if (found := _sized(n, crossing)) is not None}
     values = [n for n in crossing if n not in sizes]
-    wanted = [n for n in outer if n.op == "get_attr" and any(u in inside and u not in gone for u in n.users)]
+
+    def read_on(value: Node) -> bool:
+        """Return whether anything that stays reads ``value``, directly or past a node that is gone."""
+        return any(u in inside and (u not in gone or (is_switched(u) and u.args[0] is value and read_on(u))) for u in value.users)
+
+    wanted = [n for n in outer if n.op == "get_attr" and read_on(n)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
     graph, copies = Graph(), {}
     for position, node in enumerate((*values, *wanted)):
@@ -120,7 +125,7 @@ def _extract(
         copies[node].meta = dict(node.meta)
     for node in nodes:
         if node in gone:
-            if isinstance(source := node.args[0], Node) and node.target is NOISE[0]:
+            if isinstance(source := node.args[0], Node) and is_switched(node):
                 copies[node] = copies[source]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -129,7 +134,7 @@ def _extract(
     return Block(
         number=number, module=module, inputs=tuple(n.name for n in values), attributes=tuple(str(n.target) for n in wanted),
         outputs=tuple(n.name for n in live), fingerprint=_fingerprint(graph),
-        noisy=tuple(str(get_tag(n).site) for n in nodes if n.target is NOISE[0] and n not in gone), pattern=pattern,
+        noisy=tuple(str(get_tag(n).site) for n in nodes if is_switched(n) and n not in gone), pattern=pattern,
         dynamic=tuple(_dynamic(n.meta.get("val")) for n in (*values, *wanted)),
     )  # fmt: skip
 
@@ -143,10 +148,12 @@ def lower(block: Block) -> Block:
     graph.output(graph.graph_copy(block.module.graph, {}))
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
-        if node.target is NOISE[0]:
+        if node.target is FAKE_QUANT:
+            node.target = fake_quant_reference
+        elif node.target is NOISE:
             shape = node.args[0].meta["val"].shape
             groups.setdefault((str(shape[:-1]), len(shape), node.args[6], node.args[3]), []).append(node)
-        elif node.target is NOISE[1]:
+        elif node.target is COUNT:
             node.target = count_reference
     for (_, _, batch, run), nodes in groups.items():
         with graph.inserting_before(nodes[0]):

@@ -1,20 +1,43 @@
-"""Control buffers of noise nodes: which buffer belongs to which site, and how to set them."""
+"""Control buffers of noise and fake-quant nodes: which buffer belongs to which site, and how to set them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+import aqnfx.numerics.fake_quant
+import aqnfx.numerics.ops  # noqa: F401  (both register the operators)
 from aqnfx.errors import InputError
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.tags import constant, get_tag, site_of
+from aqnfx.numerics.noise import as_int32
 
 Phases = Literal["forward", "backward", "both"]
+NOISE = torch.ops.aqnfx.noise.default
+COUNT = torch.ops.aqnfx.count.default
+FAKE_QUANT = torch.ops.aqnfx.fake_quant.default
+
+
+def is_switched(node: Node) -> bool:
+    """Return whether the node perturbs its first argument by as much as a control buffer says."""
+    return node.target is NOISE or (node.target is FAKE_QUANT and node.args[1] is not None)
+
+
+def stem_of(site: str) -> str:
+    """Return how the names of a site's control buffers begin, without the prefix of all buffers."""
+    # The key tells apart ids that differ in punctuation only.
+    return f"noise_{''.join(c if c.isalnum() else '_' for c in site)}_{site_key(site) & 0xFFFF:04x}"
+
+
+def site_key(site: str) -> int:
+    """Return the site's 32-bit stream key: the start of the SHA-256 of its id, so equal in every trace and process."""
+    return as_int32(int.from_bytes(hashlib.sha256(site.encode()).digest()[:4], "little"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +54,17 @@ class SiteControl:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseControls:
-    """All noise controls of one graph; ``run`` int32 (3,) holds seed, step and row offset, shared by all sites."""
+    """All controls of one graph; ``run`` int32 (3,) holds seed, step and row offset, shared by all sites with noise.
+
+    The level of a fake-quant node is a factor on the error of its format: 1 is the format, 0 the clean value.
+    """
 
     run: Tensor
     sites: Mapping[str, SiteControl]
 
     @classmethod
     def of(cls, module: GraphModule) -> NoiseControls:
-        """Collect the buffers that ``insert-noise`` registered on ``module``; they outlive ``lower-ops``."""
+        """Collect the buffers that passes registered on ``module``; they outlive ``lower-ops``."""
         found: dict[str, dict[str, Tensor]] = {}
         run = torch.zeros(3, dtype=torch.int32)
         for node in module.graph.nodes:

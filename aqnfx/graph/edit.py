@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from aqnfx.graph.operands import Place
 from aqnfx.graph.tags import Tag, get_tag, update_tag
 
 BUFFER_PREFIX = "aqnfx_"
@@ -60,6 +61,25 @@ def insert_after(
         for user in list(anchor.users):
             if user is not node:
                 user.replace_input_with(anchor, node)
+    return node
+
+
+def insert_at(
+    place: Place, target: Callable[..., Any], args: tuple[Any, ...], *, inserted_by: str, reroute: bool
+) -> Node:
+    """Insert a call of ``target`` on the value of a site; ``args`` follow the value as arguments.
+
+    With ``reroute`` the call takes the value's place: for all users of an output, for the one reader of an operand.
+    """
+    site, value = place.site.id, place.value
+    if place.position is None:
+        return insert_after(value, target, (value, *args), inserted_by=inserted_by, site=site, reroute=reroute)
+    with place.node.graph.inserting_before(place.node):
+        node = place.node.graph.call_function(target, (value, *args))
+    _carry(node, place.node, inserted_by=inserted_by, site=site)
+    if reroute:
+        node.meta["val"] = value.meta["val"]
+        place.node.update_arg(place.position, node)
     return node
 
 

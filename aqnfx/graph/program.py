@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from aqnfx.errors import InputError, PassError
 from aqnfx.graph import edit
 from aqnfx.graph.controls import NoiseControls
+from aqnfx.graph.operands import Place, places
 from aqnfx.graph.render import fingerprint, render
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag, site_nodes, site_of, static_size
@@ -72,8 +73,18 @@ class Program:
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every site, in execution order; empty before ``tag-ops`` ran."""
+        """Every value that an operation returns, as a site, in execution order; empty before ``tag-ops`` ran."""
         return tuple(site for node in self.graph.nodes if (site := site_of(node)) is not None)
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where every site is, by its id, in execution order: outputs, and the operands of products before them."""
+        return places(self.graph)
+
+    @property
+    def all_sites(self) -> tuple[Site, ...]:
+        """Every site, the operands of products included, in execution order."""
+        return tuple(place.site for place in self.places.values())
 
     @functools.cached_property
     def layers(self) -> tuple[tuple[str, int], ...]:

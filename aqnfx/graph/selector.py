@@ -10,11 +10,13 @@ from typing import Any
 
 from aqnfx.errors import SelectorError, nearest
 from aqnfx.graph.controls import Phases
+from aqnfx.graph.operands import PRODUCTS
 from aqnfx.graph.opkinds import OP_SETS, OpKind
 from aqnfx.graph.program import Program
-from aqnfx.graph.sites import REGIONS, Site
+from aqnfx.graph.sites import REGIONS, Role, Site
 
-_FIELDS = ("layers", "ops", "modules", "regions", "sites")
+_FIELDS = ("layers", "ops", "modules", "regions", "roles", "sites")
+AUTO = "auto"
 _RANGE = re.compile(r"^(?:(?P<stack>[^:]+):)?(?P<low>\d+)(?:-(?P<high>\d+))?$")
 
 
@@ -22,9 +24,11 @@ _RANGE = re.compile(r"^(?:(?P<stack>[^:]+):)?(?P<low>\d+)(?:-(?P<high>\d+))?$")
 class Selector:
     """Which sites: every field that is set must match; the values of one field are alternatives.
 
-    Text form: ``layers:0-4|7,ops:linear|softmax,modules:*.mlp.*,regions:attention,sites:ID``. ``ops`` also takes the
+    Text form: ``layers:0-4|7,ops:linear|softmax,modules:*.mlp.*,regions:attention,roles:weight,sites:ID``. ``ops`` also takes the
     sets ``core`` (linear, matmul, bmm), ``extended`` (core + softmax, silu, gelu, norms) and ``all``; a layer may be
-    prefixed by its stack (``layers:decoder.block:0-3``), ``layers:none`` is what lies outside of all blocks. Sites that
+    prefixed by its stack (``layers:decoder.block:0-3``), ``layers:none`` is what lies outside of all blocks. ``roles``
+    (default ``output``) also takes ``auto``: what low-precision hardware stores, which is the operands of products and
+    the outputs of all other operations; a site that is named by its id needs no role. Sites that
     depend on positions and masks alone (region ``position``) match only when named by region, module or id, or by
     ``ops:all``.
     """
@@ -33,6 +37,7 @@ class Selector:
     ops: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,6 +48,9 @@ class Selector:
         for region in self.regions:
             if region not in REGIONS:
                 raise SelectorError(f"unknown region {region!r}; known: {', '.join(REGIONS)}")
+        for role in self.roles:
+            if role not in (roles := (*Role, AUTO)):
+                raise SelectorError(f"unknown role {role!r}; known: {', '.join(roles)}{nearest(role, roles)}")
         for layer in self.layers:
             match = _RANGE.match(layer)
             if layer != "none" and not match:
@@ -86,8 +94,15 @@ class Selector:
             and (not self.layers or any(_layer_matches(pattern, site) for pattern in self.layers))
             and (not self.modules or any(fnmatch.fnmatchcase(site.module, pattern) for pattern in self.modules))
             and (not self.regions or site.region in self.regions)
+            and self._plays(site)
             and (not self.sites or site.id in self.sites)
         )
+
+    def _plays(self, site: Site) -> bool:
+        if not self.roles:
+            return site.role is Role.OUTPUT or bool(self.sites)
+        operand = site.role is not Role.OUTPUT
+        return site.role in self.roles or (AUTO in self.roles and operand == (site.op in PRODUCTS))
 
     def select(self, program: Program) -> tuple[Site, ...]:
         """Return the matching sites of ``program`` in execution order.
@@ -95,13 +110,14 @@ class Selector:
         Raises :class:`SelectorError` when a layer or site is named that the program does not have; an empty match of
         names that exist is returned as an empty tuple.
         """
-        known = [site.id for site in program.sites]
+        known = program.places if self.sites else ()
         for site in self.sites:
             if site not in known:
                 raise SelectorError(f"unknown site {site!r} among {len(known)}{nearest(site, known)}")
         for pattern in self.layers:
             _check_layer(pattern, program)
-        return tuple(site for site in program.sites if self.matches(site))
+        among = program.all_sites if self.roles or self.sites else program.sites
+        return tuple(site for site in among if self.matches(site))
 
 
 def _layer_matches(pattern: str, site: Site) -> bool:

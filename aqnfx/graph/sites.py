@@ -15,7 +15,13 @@ class Role(StrEnum):
     OUTPUT = "output"
     INPUT = "input"
     WEIGHT = "weight"
+    KEY = "key"
+    VALUE = "value"
+    OTHER = "other"  # the second operand of a product that is no weight and no part of an attention
 
+
+OPERANDS = tuple(role for role in Role if role is not Role.OUTPUT)
+"""The roles of what an operation reads."""
 
 # "position" holds what depends on positions and masks alone (rotary tables, attention masks).
 REGIONS = ("attention", "mlp", "norm", "embedding", "head", "router", "residual", "position", "other")

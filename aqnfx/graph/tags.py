@@ -80,6 +80,12 @@ def static_size(size: int | torch.SymInt) -> int | torch.SymInt:
     return size if known is None else int(known)
 
 
+def size_text(size: int | torch.SymInt) -> int | str:
+    """Return a size as records hold it: the integer where it is fixed, else the name of its symbol."""
+    known = static_size(size)
+    return known if isinstance(known, int) else str(known)
+
+
 def is_float(node: Node) -> bool:
     """Return whether the node produces one floating-point tensor."""
     value = tensor_value(node)
@@ -107,7 +113,7 @@ def site_of(node: Node) -> Site | None:
         return None
     return Site(
         module=tag.module, op=tag.op, ordinal=tag.ordinal, layer=tag.layer, stack=tag.stack, region=tag.region,
-        shape=tuple(s if isinstance(s, int) else str(s) for s in map(static_size, value.shape)),
+        shape=tuple(map(size_text, value.shape)),
         dtype=str(value.dtype).removeprefix("torch."),
     )  # fmt: skip
 

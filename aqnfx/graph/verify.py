@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.fx import GraphModule, Node
 
-import aqnfx.numerics.ops
-import aqnfx.numerics.score  # noqa: F401  (both register the aqnfx operators)
+import aqnfx.numerics.score  # noqa: F401  (registers the operator; the others are those of controls)
 from aqnfx.errors import VerificationError
+from aqnfx.graph.controls import is_switched
+from aqnfx.graph.operands import role_of
 from aqnfx.graph.render import target_name
+from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import constant, get_tag, module_stack, site_of, tensor_value
 
 Finding = tuple[Node, str]
@@ -39,7 +41,9 @@ def _values_known(module: GraphModule) -> Iterator[Finding]:
 
 
 def _stands_for_its_input(node: Node) -> bool:
-    return node.target in (torch.ops.aqnfx.noise.default, torch.ops.aqnfx.score.default)
+    return node.target in (
+        torch.ops.aqnfx.noise.default, torch.ops.aqnfx.score.default, torch.ops.aqnfx.fake_quant.default,
+    )  # fmt: skip
 
 
 def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
@@ -53,8 +57,8 @@ def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
 
 def _inserted_not_bypassed(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        if not _stands_for_its_input(node):
-            continue
+        if not _stands_for_its_input(node) or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
+            continue  # an operand is one reader's: the others read on
         others = [u for u in node.args[0].users if u is not node and get_tag(u).inserted_by is None]
         if others:
             yield node, f"is bypassed: {others[0].name} still uses {node.args[0].name} directly"
@@ -71,10 +75,10 @@ def _inserted_have_provenance(module: GraphModule) -> Iterator[Finding]:
 def _one_noise_per_site(module: GraphModule) -> Iterator[Finding]:
     seen: set[str | None] = set()
     for node in module.graph.nodes:
-        if node.target is torch.ops.aqnfx.noise.default:
+        if is_switched(node):
             site = get_tag(node).site
             if site in seen:
-                yield node, f"is the second noise at {site}"
+                yield node, f"is the second perturbation at {site}"
             seen.add(site)
 
 
@@ -95,6 +99,8 @@ def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
         source = node.args[0]
         if not isinstance(source, Node) or source.op != "call_function" or tensor_value(source) is None:
             continue  # sizes are shared by the whole graph
+        if role_of(str(get_tag(node).site)) is not Role.OUTPUT:
+            continue  # what stands on an operand belongs to the operation that reads it
         if module_stack(source) != module_stack(node):
             yield node, "does not carry the module stack of the node that it follows"
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import aqnfx
 from aqnfx.errors import PassError, SelectorError
+from aqnfx.graph.controls import site_key
 from aqnfx.graph.opkinds import OpKind, op_kind
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.passes.base import Pass
-from aqnfx.passes.insert_noise import InsertNoise, site_key
+from aqnfx.passes.insert_noise import InsertNoise
 from aqnfx.passes.lower_ops import LowerOps
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.registry import BUILTIN, available, pass_class
@@ -42,6 +43,10 @@ SPECS = [
     ("tag-layers,tag-ops,insert-noise", "lower-ops"),
     ("tag-layers,tag-ops", 'insert-score{where="ops:linear" samples=3 weights=true perturb=bias}'),
     ("tag-layers,tag-ops", 'insert-capture{where="ops:linear"}'),
+    ("tag-layers,tag-ops", 'insert-fake-quant{where="ops:all,roles:auto" format=mxfp4 gradient=fp8_e5m2}'),
+    ("tag-layers,tag-ops", "insert-fake-quant{format=int4:g8 controls=true}"),
+    ("tag-layers,tag-ops", 'insert-noise{where="ops:linear,roles:weight" level=0.1}'),
+    ("tag-layers,tag-ops,insert-fake-quant", "lower-ops"),
 ]  # fmt: skip
 
 

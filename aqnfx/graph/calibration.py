@@ -1,0 +1,33 @@
+"""Calibrated ranges: the least and the largest value that each site was seen to take, read from a scan."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from aqnfx.errors import InputError
+
+SCHEMA = "aqnfx.scan/1"
+Range = tuple[float, float]
+
+
+def read_ranges(path: str | Path) -> dict[str, Range]:
+    """Return site id -> (low, high) of the ``ranges`` in a scan's JSON file; raises :class:`InputError` for any other."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the calibration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"the calibration {path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not isinstance(record.get("ranges"), dict):
+        raise InputError(f"{path} is not a scan ({SCHEMA}) with ranges; make one by aqnfx scan MODEL --data FILE --out DIR")
+    return {str(site): _range(path, site, pair) for site, pair in record["ranges"].items()}
+
+
+def _range(path: str | Path, site: str, pair: object) -> Range:
+    if isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) and math.isfinite(v) for v in pair):
+        low, high = (float(v) for v in pair)
+        if low <= high:
+            return low, high
+    raise InputError(f"{path}: the range of {site} is {pair!r}, not two finite numbers in order")

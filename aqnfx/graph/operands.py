@@ -1,0 +1,140 @@
+"""Operands: the tensors that products read (inputs, weights, keys and values), as sites of their own.
+
+A site of role output is the value that a node returns; an operand is an edge, from a value to one operation that reads it.
+A perturbation there reaches that operation only: the other readers of a tied weight, or of the input that three projections
+share, go on with the clean value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from aqnfx.graph.composites import source, users
+from aqnfx.graph.opkinds import OpKind, base_name, channel_dim
+from aqnfx.graph.sites import OPERANDS, Role, Site
+from aqnfx.graph.tags import get_tag, is_float, site_of, size_text, tensor_value
+
+PRODUCTS = frozenset({
+    OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM, OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM,
+})  # fmt: skip
+"""The kinds of operations whose operands are sites."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Place:
+    """Where a site is in a graph.
+
+    For an output ``node`` returns the value; for an operand ``node`` reads it as its argument number ``position``. ``dim``
+    is the dimension that the product sums over, along which rows and blocks of a format run; ``channel_dim`` that of the
+    output channels of a weight and of the channels of anything else.
+    """
+
+    site: Site
+    node: Node
+    position: int | None = None
+    dim: int = -1
+    channel_dim: int = -1
+
+    @property
+    def value(self) -> Node:
+        """The node that the value comes from, past what was inserted between."""
+        if self.position is None:
+            return self.node
+        found = self.node.args[self.position]
+        assert isinstance(found, Node)  # an operand is a node when it is found
+        return found
+
+
+def role_of(site: str) -> Role:
+    """Return the role that a site id says."""
+    last = site.rpartition(":")[2]
+    return Role(last) if last in OPERANDS else Role.OUTPUT
+
+
+def places(graph: Graph) -> dict[str, Place]:
+    """Return every site of a tagged graph by its id, in execution order: an operation's operands stand before its output."""
+    found: dict[str, Place] = {}
+    for node in graph.nodes:
+        site = site_of(node)
+        if site is None:
+            continue
+        for place in _operands(node, site):
+            found[place.site.id] = place
+        value = tensor_value(node)
+        dims = value.dim() if value is not None else 0
+        found[site.id] = Place(site=site, node=node, channel_dim=channel_dim(site.op, dims))
+    return found
+
+
+def _operands(node: Node, site: Site) -> Iterator[Place]:
+    for position, role, dim, channels in _roles(node, site.op):
+        operand = node.args[position] if position < len(node.args) else None
+        if not isinstance(operand, Node) or not is_float(operand):
+            continue
+        value = tensor_value(operand)
+        assert value is not None  # a float tensor
+        of = Site(
+            module=site.module, op=site.op, role=role, ordinal=site.ordinal, layer=site.layer, stack=site.stack,
+            region=site.region, shape=tuple(map(size_text, value.shape)), dtype=str(value.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        yield Place(site=of, node=node, position=position, dim=dim, channel_dim=channels)
+
+
+def _roles(node: Node, op: OpKind) -> tuple[tuple[int, Role, int, int], ...]:
+    """Return (argument, role, dimension that is summed over, dimension of the channels) of the operands of a node."""
+    name = base_name(node.target)
+    if name == "linear":
+        return (0, Role.INPUT, -1, -1), (1, Role.WEIGHT, -1, 0)
+    if name in ("addmm", "baddbmm"):
+        return (1, Role.INPUT, -1, -1), (2, _second(node, 2), -2, -1)
+    if name in ("matmul", "mm", "bmm"):
+        second = _second(node, 1)
+        # A cached value is stored token by token; its product sums over the tokens.
+        return (0, Role.INPUT, -1, -1), (1, second, -1 if second is Role.VALUE else -2, -1)
+    if op is OpKind.SDPA and name == "scaled_dot_product_attention":
+        return (0, Role.INPUT, -1, -1), (1, Role.KEY, -1, -1), (2, Role.VALUE, -1, -1)
+    if name == "embedding":
+        return ((0, Role.WEIGHT, -1, 0),)
+    if op is OpKind.CONV and name is not None:
+        # (in, out, …) where it is transposed, else (out, in, …)
+        weight = (0, 1) if "transpose" in name else (1, 0)
+        return (0, Role.INPUT, 1, 1), (1, Role.WEIGHT, *weight)
+    if op is OpKind.GROUPED_MM:
+        return (0, Role.INPUT, -1, -1), (1, _second(node, 1), -2, -1)
+    return ()
+
+
+def _second(node: Node, position: int) -> Role:
+    """Return what the second operand of a product is."""
+    operand = node.args[position] if position < len(node.args) else None
+    if isinstance(operand, Node) and origin(operand).op == "get_attr":
+        return Role.WEIGHT
+    first = node.args[position - 1]
+    if isinstance(first, Node) and get_tag(origin(first)).op is OpKind.SOFTMAX:
+        return Role.VALUE
+    return Role.KEY if _reaches_softmax(node) else Role.OTHER
+
+
+def origin(node: Node) -> Node:
+    """Return the node that ``node`` is a view, selection, cast or perturbed copy of."""
+    while True:
+        node = source(node)
+        if get_tag(node).inserted_by is None or not node.args or not isinstance(node.args[0], Node):
+            return node
+        node = node.args[0]
+
+
+def _reaches_softmax(node: Node, steps: int = 6) -> bool:
+    """Return whether a softmax reads the value after at most ``steps`` element-wise operations: scale, cap, mask."""
+    for user in users(node):
+        tag = get_tag(user)
+        if tag.op is OpKind.SOFTMAX or tag.part_of is OpKind.SOFTMAX:
+            return True
+        simple = tag.op in (OpKind.ADD, OpKind.MUL, OpKind.OTHER) or tag.inserted_by is not None
+        if steps and simple and _reaches_softmax(user, steps - 1):
+            return True
+    return False
+

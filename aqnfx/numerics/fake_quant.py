@@ -1,0 +1,92 @@
+"""``aqnfx::fake_quant``: a value as a number format stores it, with a choice of what happens to its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.numerics.formats import parse_format, quantize
+
+Bounds = tuple[Tensor, Tensor]
+
+
+def fake_quant_reference(
+    x: Tensor, level: Tensor | None, low: Tensor | None, high: Tensor | None, format: str, gradient: str = "",
+    dim: int = -1, channel_dim: int = -1, masked: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return ``x`` stored in ``format`` ("": as it is), in plain operations: what the operator means, for ``lower-ops``.
+
+    ``level`` fp32 (2,), its first entry: 0 returns ``x`` bit for bit, 1 (and None) the stored value, anything between or
+    beyond that multiple of the error. ``low`` and ``high``, scalars: the fixed range of a static scale, see
+    :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``. ``masked``: values that are not finite
+    were put there by a mask; they pass through and take no part in any scale.
+    """
+    if not format:
+        return x.clone()
+    bounds = None if low is None or high is None else (low, high)
+    given = x.masked_fill(~x.isfinite(), 0.0) if masked else x
+    stored = quantize(given, parse_format(format), dim=dim, channel_dim=channel_dim, bounds=bounds)
+    if masked:
+        stored = torch.where(x.isfinite(), stored, x)
+    if level is None:
+        return stored
+    scale = level[0]
+    between = (x + scale * (stored - x)).to(x.dtype)
+    if masked:
+        between = torch.where(x.isfinite(), between, x)
+    return torch.where(scale == 0, x, torch.where(scale == 1, stored, between))
+
+
+@torch.library.custom_op("aqnfx::fake_quant", mutates_args=())
+def fake_quant(
+    x: Tensor, level: Tensor | None, low: Tensor | None, high: Tensor | None, format: str, gradient: str = "",
+    dim: int = -1, channel_dim: int = -1, masked: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return ``x`` stored in ``format`` (see :func:`fake_quant_reference`), always a new tensor.
+
+    The gradient goes straight through, stored in the format ``gradient`` where one is named; with fixed bounds it is 0
+    where ``x`` lies outside of them. Controls may be on another device than ``x``.
+    """
+    if level is not None:
+        if level.device.type == "cpu":
+            scale = float(level[0])
+            if scale == 0.0 or x.numel() == 0:
+                return x.clone()
+            level = None if scale == 1.0 else level
+        if level is not None:
+            level = level.to(x.device, non_blocking=True)
+    if low is not None and high is not None:
+        low, high = low.to(x.device, non_blocking=True), high.to(x.device, non_blocking=True)
+    found = fake_quant_reference(x, level, low, high, format, gradient, dim, channel_dim, masked)
+    return torch.empty_like(x).copy_(found) if found.stride() != x.stride() else found
+
+
+@fake_quant.register_fake
+def _(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, level, low, high, _, gradient, dim, channel_dim, masked = inputs
+    bounded = low is not None and high is not None
+    ctx.save_for_backward(x if bounded else None, low, high, None if level is None else level.clone())
+    ctx.settings = (gradient, dim, channel_dim, masked)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, low, high, level = ctx.saved_tensors
+    gradient, dim, channel_dim, masked = ctx.settings
+    if x is not None:
+        inside = (x >= low.to(x.device)) & (x <= high.to(x.device))
+        if level is not None:
+            inside = inside | (level[0] == 0).to(x.device)
+        grad = grad * inside
+    if gradient:
+        switch = None if level is None else torch.stack([level[1], level[1]])
+        grad = torch.ops.aqnfx.fake_quant(grad, switch, None, None, gradient, "", dim, channel_dim, masked)
+    return (grad, *(None,) * 8)
+
+
+fake_quant.register_autograd(_backward, setup_context=_setup_context)
