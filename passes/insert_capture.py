@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from aqnfx.errors import PassError
 from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT, CAPTURING
-from aqnfx.graph.edit import control_buffer, insert_after
-from aqnfx.graph.opkinds import channel_dim
+from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.capture import new_buffers
@@ -57,15 +56,15 @@ class InsertCapture(Pass):
 
     def run(self, program: Program) -> None:
         """Insert the nodes and register the accumulators."""
-        nodes, module = program.site_nodes(), program.module
+        places, module = program.places, program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         mask, shapes = _attention_mask(program)
         for index, site in enumerate(chosen):
-            anchor = nodes[site.id]
-            value = tensor_value(anchor)
+            place = places[site.id]
+            value = tensor_value(place.value)
             assert value is not None  # a site is a node with one tensor
-            dim = channel_dim(site.op, value.dim())
+            dim = place.channel_dim if value.dim() else -1
             width = static_size(value.shape[dim]) if value.dim() else 1
             covered = mask if any(_covers(shape, value) for shape in shapes) else None
             new = new_buffers(width if isinstance(width, int) else 1) if self.values else ()
@@ -79,11 +78,11 @@ class InsertCapture(Pass):
                 for part, value in named.items()
             }
             if self.values:
-                args: tuple[Any, ...] = (anchor, covered, buffers["channels"], buffers["totals"], self.perturb, dim)
-                insert_after(anchor, CAPTURE, args, inserted_by=self.name, site=site.id, reroute=False)
+                args: tuple[Any, ...] = (covered, buffers["channels"], buffers["totals"], self.perturb, dim, place.dim)
+                insert_at(place, CAPTURE, args, inserted_by=self.name, reroute=False)
             if self.gradients:
-                args = (anchor, covered, buffers["gradients"])
-                insert_after(anchor, CAPTURE_GRADIENT, args, inserted_by=self.name, site=site.id, reroute=True)
+                args = (covered, buffers["gradients"])
+                insert_at(place, CAPTURE_GRADIENT, args, inserted_by=self.name, reroute=True)
 
 
 def _attention_mask(program: Program) -> tuple[Node | None, list[torch.Size]]:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-import aqnfx.numerics.score  # noqa: F401  (registers aqnfx::score)
 from aqnfx.errors import PassError
-from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
-from aqnfx.graph.opkinds import OpKind, channel_dim, may_be_infinite
+from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after, insert_at
+from aqnfx.graph.operands import Place
+from aqnfx.graph.opkinds import OpKind, may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
+from aqnfx.graph.scores import SCORING
+from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
+from aqnfx.numerics.formats import KNOWN
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.score import RANDOM
 from aqnfx.passes.base import Pass, select_or_raise
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertScore(Pass):
-    """Put one ``aqnfx::score`` node behind every site that ``where`` selects, and their shared accumulators.
+    """Put one ``aqnfx::score`` node on every site that ``where`` selects, and their shared accumulators.
 
-    ``kind`` is the noise whose cost is accumulated, ``samples`` and ``draws`` the number of samples and of projection
-    draws that there is room for, ``channels`` also accumulates per channel: of the last dimension, of the second
-    after a convolution. ``perturb`` names declared perturbations
+    Weights of linear layers are scored at the output of their product, by ``aqnfx::score_weight``. ``kind`` is the noise
+    whose cost is accumulated, or a declared perturbation such as a number format; ``samples`` and ``draws`` the number of
+    samples and of projection draws that there is room for, ``channels`` also accumulates per channel: of the last
+    dimension, of the second after a convolution. ``perturb`` names declared perturbations
     (:func:`~aqnfx.numerics.perturbations.perturbation`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
     scores every floating-point parameter: Σ g², for the Fisher trace.
     """
@@ -43,24 +49,24 @@ class InsertScore(Pass):
 
     @property
     def perturbations(self) -> tuple[str, ...]:
-        """The declared perturbations; noise of kind ``bias`` is one of them."""
+        """The declared perturbations; a ``kind`` that is not random, as noise of kind ``bias``, is one of them."""
         named = tuple(dict.fromkeys(name.strip() for name in self.perturb.split("|") if name.strip()))
-        return ("bias", *named) if self.kind == NoiseKind.BIAS and "bias" not in named else named
+        return (self.kind, *named) if self.kind not in RANDOM and self.kind not in named else named
 
     def requires(self, program: Program) -> None:
         """Check the options before anything is copied."""
-        if self.kind not in list(NoiseKind):
-            raise PassError(f"{self.name}: kind {self.kind!r} is not one of {', '.join(NoiseKind)}")
+        if self.kind not in list(NoiseKind) and self.kind.split(":")[0] not in KNOWN:
+            raise PassError(f"{self.name}: kind {self.kind!r} is neither a format nor one of {', '.join(NoiseKind)}")
         if self.samples < 1 or self.draws < 1:
             raise PassError(f"{self.name}: samples {self.samples} and draws {self.draws} must be at least 1")
         for name in self.perturbations:
             perturbation(name)
-        if any(node.target is torch.ops.aqnfx.score.default for node in program.graph.nodes):
+        if any(node.target in SCORING for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has score nodes already; strip first")
 
     def run(self, program: Program) -> None:
         """Insert the nodes and register the accumulators; a fixed perturbation has no cost per channel."""
-        nodes, module = program.site_nodes(), program.module
+        places, module = program.places, program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
         parameters = [n for n in program.graph.nodes if self.weights and _is_parameter(module, n)]
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -82,21 +88,32 @@ class InsertScore(Pass):
             sketch = buffer("sketch", torch.zeros(shape, dtype=torch.float64))
         batch = batch_size(program.graph, inserted_by=self.name)
         for index, site in enumerate(chosen):
-            anchor_node = nodes[site.id]
-            value = tensor_value(anchor_node)
+            place = places[site.id]
+            if site.role is Role.WEIGHT and (product := _product(place, places)) is not None:
+                x, y = product
+                value = tensor_value(y)
+                assert value is not None  # a product of two tensors
+                product_args = (
+                    y, anchor, run, hits, table, None, sketch, index, _samples(site, value, batch), str(self.kind),
+                    list(names), x, place.value, place.dim, place.channel_dim,
+                )  # fmt: skip
+                insert_after(
+                    y, torch.ops.aqnfx.score_weight.default, product_args, reroute=True, inserted_by=self.name, site=site.id
+                )
+                continue
+            value = tensor_value(place.value)
             assert value is not None  # a site is a node with one tensor
-            dim = channel_dim(site.op, value.dim())
+            dim = place.channel_dim
             channels, width = None, static_size(value.shape[dim]) if value.dim() > 1 else None
-            if self.channels and self.kind != NoiseKind.BIAS and isinstance(width, int):
+            if self.channels and self.kind in RANDOM and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
+            outside = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
+            keep = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX
             args = (
-                anchor_node, anchor, run, hits, table, channels, sketch, index, sample_count(value, batch),
-                str(self.kind), list(names), dim, site.op == OpKind.SOFTMAX,
-                may_be_infinite(site.op, site.region),
+                anchor, run, hits, table, channels, sketch, index, _samples(site, value, batch), str(self.kind), list(names),
+                dim, keep, outside, place.dim,
             )  # fmt: skip
-            insert_after(
-                anchor_node, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name, site=site.id
-            )
+            insert_at(place, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name)
         for index, node in enumerate(parameters, start=len(chosen)):
             weight_args: tuple[Any, ...] = (
                 node, anchor, run, hits, table, None, sketch, index, 0, str(NoiseKind.ABSOLUTE_GAUSSIAN), [],
@@ -106,6 +123,25 @@ class InsertScore(Pass):
                 site=f"{node.target}:weight",
             )  # fmt: skip
             _after_buffers(new, (anchor, run, hits, table, sketch))
+
+
+def _product(place: Place, places: Mapping[str, Place]) -> tuple[Node, Node] | None:
+    """Return input and output of the product that a weight of two dimensions belongs to; None where it is none."""
+    value, node = tensor_value(place.value), place.node
+    inputs = (p for p in places.values() if p.node is node and p.site.role is Role.INPUT)
+    x = next(inputs, None)
+    if place.site.op is not OpKind.LINEAR or x is None or value is None or value.dim() != 2:
+        return None
+    return x.value, node
+
+
+def _samples(site: Site, value: torch.Tensor, batch: Node | int) -> Node | int:
+    """Return the number of samples that share the first dimension, 0 where rows are in no sample's order.
+
+    A weight that is no linear layer's is scored for the whole batch at once: its gradient is a sum over the samples.
+    """
+    whole = site.role is Role.WEIGHT and site.op is not OpKind.LINEAR
+    return 0 if whole or site.op is OpKind.GROUPED_MM else sample_count(value, batch)
 
 
 def _is_parameter(module: torch.fx.GraphModule, node: Node) -> bool:

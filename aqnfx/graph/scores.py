@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import aqnfx.numerics.score  # noqa: F401  (registers aqnfx::score)
+import aqnfx.numerics.score
+import aqnfx.numerics.score_weight  # noqa: F401  (both register the operators)
 from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
+
+SCORING = (torch.ops.aqnfx.score.default, torch.ops.aqnfx.score_weight.default)
+"""The operators of score nodes; their first eleven arguments are the same."""
+
+
+def is_parameter_row(name: str) -> bool:
+    """Return whether a row is that of a whole parameter (``NAME:weight``) and not of a site (``MODULE:OP:N…``)."""
+    return name.endswith(":weight") and name.count(":") == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +44,14 @@ class ScoreBuffers:
     @classmethod
     def of(cls, module: GraphModule) -> ScoreBuffers:
         """Collect the accumulators of ``module``; raises :class:`PassError` before ``insert-score`` ran."""
-        nodes = [n for n in module.graph.nodes if n.target is torch.ops.aqnfx.score.default]
+        nodes = [n for n in module.graph.nodes if n.target in SCORING]
         if not nodes:
             raise PassError("the program has no score nodes; run the pass insert-score first")
         sites = [str(get_tag(n).site) for n in nodes]
         first = nodes[0].args
         return cls(
             rows={site: int(n.args[7]) for site, n in zip(sites, nodes, strict=True)},
-            kind=str(next((n.args[9] for n in nodes if not str(get_tag(n).site).endswith(":weight")), first[9])),
+            kind=str(next((n.args[9] for n in nodes if not is_parameter_row(str(get_tag(n).site))), first[9])),
             perturbations=max((tuple(n.args[10]) for n in nodes), key=len),
             run=constant(module, first[2]), hits=constant(module, first[3]), sequences=constant(module, first[4]),
             sketch=None if first[6] is None else constant(module, first[6]),

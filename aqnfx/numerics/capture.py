@@ -36,15 +36,16 @@ def clear(channels: Tensor, totals: Tensor) -> None:
 
 
 def accumulate(
-    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1, dim: int = -1
 ) -> None:
     """Add what ``y`` holds to ``channels`` and ``totals``, in place.
 
     ``y`` of any float dtype is read as (rows, C), with C the width of ``channels``: the size of ``channel_dim``, or 1
     for a value without channels of fixed number. ``channels`` fp64 (5, C): Σ|y|, Σy², max |y|, number of exact zeros,
     min non-zero |y| (+inf before there is one). ``totals`` fp64 (2,): number of rows, Σδ² of the declared
-    ``perturbation`` (none for an empty name). ``mask`` (B, S), bool or number: only positions with a mask that is not 0
-    count; ``y`` then is (B, S, …) or (B·S, …), else :class:`InputError`.
+    ``perturbation`` (none for an empty name), of which ``dim`` is the dimension of a format's rows and blocks. ``mask``
+    (B, S), bool or number: only positions with a mask that is not 0 count; ``y`` then is (B, S, …) or (B·S, …), else
+    :class:`InputError`.
 
     Values that are not finite are not counted out: at a position that counts they make the sums inf or NaN, for whoever
     reads the buffers to refuse. At masked positions they leave no trace. δ alone may overflow, then Σδ² is inf or NaN.
@@ -60,7 +61,7 @@ def accumulate(
     rows, there = table(y), channels.device
     dropped = None if mask is None else _dropped(mask, y, len(rows))
     # Of the whole value at once: a perturbation may depend on more than one element.
-    delta = table(declared(perturbation)(y)) if perturbation else None
+    delta = table(declared(perturbation)(y, dim, channel_dim)) if perturbation else None
     step = max(1, _CHUNK // width)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -96,18 +97,18 @@ def _dropped(mask: Tensor, y: Tensor, rows: int) -> Tensor:
 
 @torch.library.custom_op("aqnfx::capture", mutates_args=("channels", "totals"))
 def capture(
-    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1, dim: int = -1
 ) -> None:
     """See :func:`accumulate`; like ``aqnfx::count`` it has no output, and takes no part in autograd.
 
     Mask and accumulators may be on another device than ``y``.
     """
-    accumulate(y, mask, channels, totals, perturbation, channel_dim)
+    accumulate(y, mask, channels, totals, perturbation, channel_dim, dim)
 
 
 @capture.register_fake
 def _(
-    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1
+    y: Tensor, mask: Tensor | None, channels: Tensor, totals: Tensor, perturbation: str, channel_dim: int = -1, dim: int = -1
 ) -> Any:
     return None
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
 
+RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
+"""The kinds of noise that differ from draw to draw; everything else is a declared perturbation."""
+
 
 def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked: bool = False) -> Tensor:
     """Return g·s, a new tensor of the shape of ``y``, with s the scale of unit noise of ``kind`` (fp32 or fp64).
@@ -40,19 +43,21 @@ def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked
 def accumulate(
     grad: Tensor, y: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int,
-    keep_zeros: bool, masked: bool = False,
+    keep_zeros: bool, masked: bool = False, dim: int = -1,
 ) -> None:  # fmt: skip
     """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
 
     ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per
     site, draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64 (S,
     D, K, N): Σ g·δ per declared perturbation. The accumulators may be on another device. ``batch`` 0: the value belongs
-    to no sample, and its sum stands at the first sample of the batch.
+    to no sample, and its sum stands at the first sample of the batch. ``kind`` is that of the noise that ``sequences``
+    and ``channels`` are of; a declared perturbation leaves them alone. ``dim`` and ``channel_dim`` are what the scales of a
+    format run along.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
     rows = batch or 1
-    if kind != NoiseKind.BIAS:
+    if kind in RANDOM:
         scaled = scaled_gradient(grad, y, kind, keep_zeros, masked)
         if channels is not None:
             width = scaled.shape[channel_dim]
@@ -66,9 +71,11 @@ def accumulate(
             total = torch.linalg.vector_norm(scaled.reshape(rows, -1), dim=1).double().square_()
         sequences[index, draw, offset : offset + rows] += total.to(sequences.device)
     for number, name in enumerate(perturbations):
-        delta = perturbation(name)(y)
         if masked:
-            delta = delta.masked_fill(~torch.isfinite(y), 0.0)
+            outside = ~torch.isfinite(y)
+            delta = perturbation(name)(y.masked_fill(outside, 0.0), dim, channel_dim).masked_fill(outside, 0.0)
+        else:
+            delta = perturbation(name)(y, dim, channel_dim)
         products = (grad.to(delta.dtype) * delta).reshape(rows, -1).sum(1, dtype=torch.float64)
         assert sketch is not None  # allocated by the pass that declares perturbations
         sketch[index, number, draw, offset : offset + rows] += products.to(sketch.device)
@@ -94,8 +101,8 @@ class _Score(torch.autograd.Function):
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
-    "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False, bool masked=False) "
-    "-> Tensor"
+    "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False, bool masked=False, "
+    "int dim=-1) -> Tensor"
 )
 
 
@@ -104,7 +111,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def score(
     y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int = -1,
-    keep_zeros: bool = False, masked: bool = False,
+    keep_zeros: bool = False, masked: bool = False, dim: int = -1,
 ) -> Tensor:  # fmt: skip
     """Return ``y`` itself; its gradient goes to :func:`accumulate`.
 
@@ -113,6 +120,6 @@ def score(
     """
     result: Tensor = _Score.apply(  # type: ignore[no-untyped-call]
         y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros,
-        masked,
+        masked, dim,
     )  # fmt: skip
     return result

@@ -181,7 +181,7 @@ def collect(program: Program, **facts: Any) -> Captures:
     A sum or selection that holds infinities, as an added mask leaves them, is left out. Raises :class:`PassError` without
     capture nodes, :class:`ProbeError` where a site counted nothing or met another value or gradient that is not finite.
     """
-    buffers, ops = CaptureBuffers.of(program.module), {site.id: site for site in program.sites}
+    buffers, ops = CaptureBuffers.of(program.module), {site.id: site for site in program.all_sites}
     records = {}
     for site, pair in buffers.sites.items():
         channels, totals = (tensor.detach().to("cpu", copy=True).numpy() for tensor in pair)
@@ -202,7 +202,7 @@ def collect(program: Program, **facts: Any) -> Captures:
     if broken_sites := [site for site, sums in gradients.items() if not np.isfinite(sums).all()]:
         raise ProbeError(f"the gradient is not finite at {broken_sites[0]}; run the model in float32")
     return Captures(
-        sites=tuple(site for site in program.sites if site.id in records or site.id in gradients), records=records,
+        sites=tuple(site for site in program.all_sites if site.id in records or site.id in gradients), records=records,
         perturbation=buffers.perturbation, provenance=facts,
         gradients={site: sums for site, sums in gradients.items() if sums[GRADIENT_COUNT] > 0},
     )  # fmt: skip

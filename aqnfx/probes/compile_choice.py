@@ -63,7 +63,7 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
         once = time.perf_counter() - started
     tokens = batches[0].input_ids.numel()
     passes = sum(batch.input_ids.numel() for batch in batches) / tokens  # batches differ in length
-    elements = {site.id: _elements(site.shape, tokens) for site in program.sites}
+    elements = {site.id: _elements(site.shape, tokens) for site in program.all_sites}
     noise = sum(elements[s] for probe in sweep.probes for s in probe.sites) * len(sweep.levels) * len(sweep.seeds)
     noise_seconds = noise * passes / _EAGER_NOISE_PER_SECOND
     saved = once * sweep.size * passes * _COMPILE_GAIN
@@ -84,9 +84,9 @@ def compile_seconds(program: Program, compiled: str) -> float:
 
 
 def _elements(shape: Sequence[int | str], tokens: int) -> int:
-    """Roughly how many values a site has: one row per token."""
+    """Roughly how many values a site has: one row per token, but of a weight what it has."""
     fixed = [s for s in shape if isinstance(s, int)]
-    size = tokens
+    size = tokens if len(fixed) < len(shape) else 1
     for s in fixed:
         size *= s
     return size

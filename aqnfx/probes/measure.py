@@ -201,7 +201,7 @@ def _collect(
         probes=tuple(sweep.probes[p] for p in chosen), levels=sweep.levels, seeds=sweep.seeds,
         base_level=sweep.base_level, task=sweep.task, noise_kind=noise_kind, tokens=joined("tokens").astype(np.int64),
         clean={m: joined(m) for m in ("nll", "exact_match") if m == "nll" or m in metrics}, scores=scores,
-        sites=tuple(s for s in program.sites if s.id in probed), samples_requested=sum(b.size for b in batches),
+        sites=tuple(s for s in program.all_sites if s.id in probed), samples_requested=sum(b.size for b in batches),
         complete=not interrupted, provenance=provenance,
         numbers=np.concatenate([np.arange(batches[b].row_offset, batches[b].row_offset + batches[b].size) for b in whole]),
         errors=tuple(f"{sweep.describe(item)}: {error}" for item, error in failed.items()),

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from aqnfx.errors import InputError, ModelError, ProbeError
 from aqnfx.graph.opkinds import base_name
 from aqnfx.graph.program import Program
-from aqnfx.graph.scores import ScoreBuffers
+from aqnfx.graph.scores import ScoreBuffers, is_parameter_row
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag
-from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.score import RANDOM
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
@@ -92,8 +92,8 @@ class Predictions:
         rows = self.rows(sites)
         if not self.reached[rows].any():
             return np.full(self.samples, np.nan)
-        if self.kind == NoiseKind.BIAS:
-            return self.perturbed_kl(sites, "bias", level)
+        if self.kind not in RANDOM:
+            return self.perturbed_kl(sites, self.kind, level)
         return np.asarray(0.5 * level**2 * self.costs[rows].sum(axis=0))
 
     def perturbed_kl(self, sites: Sequence[str], name: str, scale: float = 1.0) -> Array:
@@ -115,8 +115,8 @@ class Predictions:
             (row,) = self.rows([site])
             if not self.reached[row]:
                 raise ProbeError(f"{site} has no differentiable path to the output, so nothing is known of its channels")
-            if self.kind == NoiseKind.BIAS:
-                raise ProbeError("a bias has no cost per channel: its channels interact; use perturbed_kl")
+            if self.kind not in RANDOM:
+                raise ProbeError(f"{self.kind} has no cost per channel: its channels interact; use perturbed_kl")
             raise ProbeError(f"{site} has no channels of fixed number, or insert-score ran with channels=false")
         return np.asarray(0.5 * level**2 * self.channels[site] * self.samples / self.tokens.sum())
 
@@ -208,7 +208,7 @@ def _collect(
     facts: dict[str, Any],
 ) -> Predictions:  # fmt: skip
     samples = len(tokens)
-    sites = {site.id: site for site in program.sites}
+    sites = {site.id: site for site in program.all_sites}
     names = [name for name in buffers.rows if name in sites]
     rows = [buffers.rows[name] for name in names]
     table = buffers.sequences[:, :draws, :samples].mean(dim=1).cpu().numpy()
@@ -219,7 +219,7 @@ def _collect(
     weights = {
         name.removesuffix(":weight"): table[row, list(offsets)]
         for name, row in buffers.rows.items()
-        if name.endswith(":weight")
+        if is_parameter_row(name)
     }
     for row in (buffers.rows[name] for name in names if name in buffers.shared):
         table[row] = _spread(table[row], tokens, offsets)
@@ -268,9 +268,9 @@ def _notes(program: Program, scored: set[str]) -> tuple[str, ...]:
     """Say what the gradients of the scored sites do not see."""
     after: set[torch.fx.Node] = set()
     cuts, routed = [], False
-    nodes = {node: site for site, node in program.site_nodes().items()}
+    nodes = {place.node for site, place in program.places.items() if site in scored}
     for node in program.graph.nodes:
-        if nodes.get(node) in scored or any(n in after for n in node.all_input_nodes):
+        if node in nodes or any(n in after for n in node.all_input_nodes):
             after.add(node)
             name = base_name(node.target)
             if name in ("detach", "lift_fresh_copy") and node.users:

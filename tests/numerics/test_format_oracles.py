@@ -22,7 +22,7 @@ MX = {
     "mxfp8_e4m3": torch.float8_e4m3fn, "mxfp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 FP8 = ("fp8_e4m3:tensor", "fp8_e4m3:row", "fp8_e4m3:g128", "fp8_e5m2:tensor", "fp8_e5m2:row", "fp8_e5m2:g128")
-SYMMETRIC = ("int8:tensor", "int8:row", "int4:row", "int4:g32")  # with scales in fp32, like those of
+SYMMETRIC = ("int8:tensor", "int8:row", "int4:row", "int4:g32:fp32")  # with scales in fp32, like those of
 ASYMMETRIC = ("int8:tensor:asym", "int8:row:asym", "int4:row:asym", "int4:g32:asym")
 ROWS, WIDTH = 24, 390  # no row ends in a full block
 FINITE = ("gaussian", "student", "wide", "huge", "ties")

@@ -1,0 +1,92 @@
+"""``aqnfx::score_weight``: the identity on the output of a product, whose backward pass scores the product's weight.
+
+The gradient of a weight is a sum over samples; what a perturbation costs is a sum over samples of squares. So the gradient
+of each sample is formed by itself, G = Σ over its positions of (gradient of the output) ⊗ (input), and serves all
+perturbations: Σ G·δ is what the output's gradient says of the change that δ makes to the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.score import RANDOM, scaled_gradient
+
+_CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
+
+
+def accumulate_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, sketch: Tensor | None,
+    index: int, batch: int, kind: str, perturbations: list[str], dim: int, channel_dim: int,
+) -> None:  # fmt: skip
+    """Add what the gradient of x·weight says of the weight to the accumulators, in place.
+
+    ``x`` (…, in), ``grad`` (…, out) and a ``weight`` of two dimensions, (out, in), or (in, out) where ``dim``, the dimension
+    that is summed over, is the first. The accumulators, ``kind`` and ``batch`` are those of
+    :func:`aqnfx.numerics.score.accumulate`.
+    """
+    hits[index] += 1
+    draw, offset = int(run[1]), int(run[2])
+    rows = batch or 1
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    first = dim % weight.dim() == 0
+    outer, inner = (grad, x) if not first else (x, grad)
+    outer = outer.to(wide).reshape(rows, -1, outer.shape[-1]).transpose(1, 2)
+    inner = inner.to(wide).reshape(rows, -1, inner.shape[-1])
+    deltas = [perturbation(name)(weight, dim, channel_dim).to(wide).reshape(-1) for name in perturbations]
+    table = torch.stack(deltas, dim=1) if deltas else None
+    step = max(1, _CHUNK // weight.numel())
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        place = slice(offset + part.start, offset + part.stop)
+        per_sample = torch.bmm(outer[part], inner[part])
+        if kind in RANDOM:
+            scaled = scaled_gradient(per_sample, weight, kind, False)
+            total = torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1).double().square_()
+            sequences[index, draw, place] += total.to(sequences.device)
+        if table is not None:
+            products = (per_sample.reshape(len(per_sample), -1) @ table).double().t()
+            assert sketch is not None  # allocated by the pass that declares perturbations
+            sketch[index, :, draw, place] += products.to(sketch.device)
+
+
+class _ScoreWeight(torch.autograd.Function):
+    """The identity; keeps the input of the product, and the weight as it is, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x.detach(), weight.detach())
+        ctx.rest = rest
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with torch.no_grad():
+            accumulate_weight(grads[0], x, weight, *ctx.rest)
+        return (grads[0] if ctx.needs_input_grad[0] else None, None, None, None, *(None,) * len(ctx.rest))
+
+
+_LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
+# The first eleven arguments are those of aqnfx::score, so that both are read alike.
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "score_weight(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
+    "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0) -> Tensor"
+)
+
+
+# Composite, like aqnfx::score: an operator of its own would have to return a copy.
+@torch.library.impl(_LIBRARY, "score_weight", "CompositeImplicitAutograd")
+def score_weight(
+    y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
+    sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], x: Tensor, weight: Tensor,
+    dim: int = -1, channel_dim: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return ``y`` itself; its gradient goes to :func:`accumulate_weight`. ``channels`` is not used."""
+    result: Tensor = _ScoreWeight.apply(  # type: ignore[no-untyped-call]
+        y, anchor, x, weight, run, hits, sequences, sketch, index, batch, kind, perturbations, dim, channel_dim
+    )
+    return result
