@@ -107,7 +107,7 @@ def run(
     if options.compile == "auto" and earlier in COMPILED:  # the choice depends on timing, and a run must not mix them
         compiled = earlier
     else:
-        compiled = what_to_compile(ready.program, sweep, work, options.compile)
+        compiled = what_to_compile(ready.program, sweep, work, options.compile, kernel=options.perturb is None)
     noisy, engine, work = instrument(ready, options, sweep, compiled)
     recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
@@ -119,7 +119,7 @@ def run(
         keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
         elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
-            noisy, engine, work, sweep, journal=keep, executor=elsewhere, progress=progress, noise_kind=options.noise,
+            noisy, engine, work, sweep, journal=keep, executor=elsewhere, progress=progress, noise_kind=options.kind,
             rule=StoppingRule() if options.adaptive or options.budget else None, seconds=options.budget_seconds,
             provenance=facts,
         )  # fmt: skip
@@ -137,7 +137,7 @@ def run(
         if options.metric is not None:
             costs["metric"] = {"seconds": time.perf_counter() - started}
         found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
-        if options.method != "both":
+        if options.method != "both" or options.perturb is not None:  # the error of a format is what it is
             return _with_costs(found, costs, began)
 
         runs = []
@@ -145,7 +145,7 @@ def run(
         def at(probe: Probe, level: float) -> Measurements:
             single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
             part = None if keep is None else keep.part(f"confirm {probe.kind} {probe.key} at {level!r}")
-            measured = measure(noisy, engine, work, single, journal=part, noise_kind=options.noise)
+            measured = measure(noisy, engine, work, single, journal=part, noise_kind=options.kind)
             runs.append(measured.provenance["runs"])
             return measured
 
@@ -226,8 +226,9 @@ def _predict(
     The nodes for it are gone when this returns.
     """
     weights = str(options.metric == "fisher-trace").lower()
-    insert = f'insert-capture{{where="{options.where}" values={str(captured).lower()} gradients=true}},'
-    insert += f'insert-score{{where="{options.where}" kind={options.noise} samples={len(ready.encoded)} '
+    values = str(captured).lower()
+    insert = f'insert-capture{{where="{options.where}" values={values} gradients=true perturb={options.captured}}},'
+    insert += f'insert-score{{where="{options.where}" kind={options.kind} samples={len(ready.encoded)} '
     scored = Pipeline.parse(f"{insert}draws={options.draws} weights={weights}}}")(ready.program)
     forward = eager_forward(checkpointed(scored) if options.checkpoint else scored)
     batches = ready.batches(options)

@@ -62,7 +62,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
     seeds = tuple(range(options.seeds))
     sweep = Sweep(probes=ready.probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
     batches = ready.batches(options)
-    compiled = what_to_compile(ready.program, sweep, batches, options.compile)
+    compiled = what_to_compile(ready.program, sweep, batches, options.compile, kernel=options.perturb is None)
     _program, engine, work = instrument(ready, options, sweep, "none")
     with torch.no_grad():
         engine.clean(work[0])

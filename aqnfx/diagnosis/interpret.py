@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from aqnfx.diagnosis.confirm import confirmation_records
-from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
+from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold, unit_error
 from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
 from aqnfx.diagnosis.predicted import activation_statistics, channel_records, prediction_notes, site_predictions
 from aqnfx.diagnosis.ranking import is_critical, rank
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable, layer_label, level_key
+from aqnfx.diagnosis.sqnr import sqnr_record
 from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import wilson
@@ -51,11 +52,13 @@ def interpret(
         rows = [row for row, probe in enumerate(m.probes) if probe.kind == kind]
         records = [table[m.probes[row].key]["levels"][base] for row in rows]
         rankings[name] = rank(m, scores, est, rows, records, options)
+    sites = _sites(m, est, options)
     record: dict[str, Any] = {
         "model": _model(m),
         "task": _task(m, scores),
         "noise": {
             "kind": m.noise_kind, "levels": sorted(m.levels), "base_level": m.base_level, "seeds": list(m.seeds),
+            "unit_error": unit_error(m.noise_kind),
         },
         "partial": not m.complete,
         "baseline": _baseline(m, options),
@@ -63,7 +66,7 @@ def interpret(
             "confidence": confidence, "resamples": resamples, "interval": "BCa bootstrap over samples",
             "test": "paired t over samples", "correction": "Holm over probes of one kind at one level",
         },
-        "per_site": _sites(m, est, options),
+        "per_site": sites,
         "per_operator": _flat(operators, base, "degradation"), "per_operator_kl": _flat(operators, base, "kl"),
         "per_layer": _flat(layers, base, "degradation"), "per_layer_kl": _flat(layers, base, "kl"),
         "per_operator_detail": operators, "per_layer_detail": layers,
@@ -82,6 +85,7 @@ def interpret(
         "method": "measure" if m.predictions is None else "predict and measure",
         "agreement": agreement(measurements),
         "weights": _weights(m),
+        "sqnr": sqnr_record(m, sites),
         "channels": channel_records(m, options, outlier_threshold),
         "notes": _notes(m, scores, est) + prediction_notes(measurements),
         "provenance": dict(m.provenance),

@@ -6,11 +6,12 @@ import numbers
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.frontend import SPREAD
 from aqnfx.graph.selector import Selector
+from aqnfx.numerics.formats import parse_format
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.probes.measurements import ProbeKind
 from aqnfx.probes.plan import PROBE_KINDS
@@ -18,6 +19,7 @@ from aqnfx.probes.tasks import TASKS
 from aqnfx.probes.traces import METRICS
 
 DEFAULT_LEVELS = (0.01, 0.05, 0.1)
+DEFAULT_SEEDS = 3
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_WINDOW = 3
 EXECUTORS = ("process", "devices", "ray")
@@ -30,12 +32,13 @@ class Options:
     """What to diagnose and how; the command line's flags of the same names.
 
     ``ops`` and ``layers`` are selector values (``core``, ``linear|softmax``; ``0-4|7``) or sequences of them; ``seeds``
-    is a count, the seeds are ``seed``, ``seed`` + 1, …; ``base_level`` defaults to the middle level, ``window`` to 3 or
-    the number of layers if that is less, ``max_length`` to 256 tokens or what the model takes if that is less.
-    ``device`` ("auto": layer by layer over all accelerators of this machine) and ``dtype`` ("float32", "bfloat16",
-    "float16") are where and in what a model that is loaded here runs. ``compile`` is "yes" (Inductor for every distinct
-    block), "no" (PyTorch operations one by one), or "auto" (compile what pays for the projected work);
-    ``replay_memory`` bounds what is kept of a batch's clean run, in bytes or as "512MiB", and ``replay_offload`` keeps
+    is a count (default 3), the seeds are ``seed``, ``seed`` + 1, …; ``levels`` default to 0.01, 0.05 and 0.1,
+    ``base_level`` to the middle level, ``window`` to 3 or the number of layers if that is less, ``max_length`` to 256
+    tokens or what the model takes if that is less. ``device`` ("auto": layer by layer over all accelerators of this
+    machine) and ``dtype`` ("float32", "bfloat16", "float16") are where and in what a model that is loaded here runs.
+    ``compile`` is "yes" (Inductor for every distinct block), "no" (PyTorch operations one by one), or "auto" (compile
+    what pays for the projected work); ``replay_memory`` bounds what is kept of a batch's clean run, in bytes or as
+    "512MiB", and ``replay_offload`` keeps
     it in the host's memory. ``method`` is "measure" (every probe is run with noise), "predict" (one-pass prediction
     with ``draws`` projections, and a few probes measured to check it), or "both" (prediction, then measurement of the
     top probes, a random sample of the others, and the windows around critical layers); ``checkpoint`` keeps only block
@@ -44,21 +47,26 @@ class Options:
     outliers. ``adaptive`` stops sampling a probe once its class and its place in the ranking are settled; ``budget``
     ("90s", "10m", "2h") is the time for measuring and implies ``adaptive``. ``executor`` is where the measuring is
     done: "process", "devices" (a copy of the model on every accelerator of this machine), "ray" or "ray://HOST:PORT"
-    (``workers`` of a Ray cluster, default all). ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
+    (``workers`` of a Ray cluster, default all). ``perturb`` names a number format, whose error takes the place of noise:
+    levels are factors on it (default 1) and there is one seed. ``roles`` says what is perturbed, as a selector value:
+    outputs of operations (the default with noise), inputs, weights, keys, values, or "auto" (the default with a format):
+    the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
     :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
     """
 
-    levels: tuple[float, ...] = DEFAULT_LEVELS
+    levels: tuple[float, ...] = cast(Any, None)  # None only until the options are checked
     base_level: float | None = None
     window: int | None = None
     step: int = 1
     samples: int = 100
-    seeds: int = 3
+    seeds: int = cast(Any, None)
     seed: int = 0
     ops: str = "extended"
     layers: str | None = None
     task: str | None = None
     noise: str = NoiseKind.RELATIVE_GAUSSIAN
+    perturb: str | None = None
+    roles: str | None = None
     probes: tuple[ProbeKind, ...] = ("operator", "layer", "window", "all")
     method: str = "both"
     draws: int = 8
@@ -80,6 +88,16 @@ class Options:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.perturb is not None:
+            self._set("perturb", parse_format(str(self.perturb)).name)
+            if self.noise != NoiseKind.RELATIVE_GAUSSIAN:
+                raise InputError(f"noise {self.noise} and perturb {self.perturb} were both asked; a run has one of them")
+            if self.seeds not in (None, 1):
+                raise InputError(f"seeds {self.seeds} was asked; a format is not random, so there is nothing to repeat")
+        if self.levels is None:
+            self._set("levels", (1.0,) if self.perturb else DEFAULT_LEVELS)
+        if self.seeds is None:
+            self._set("seeds", 1 if self.perturb else DEFAULT_SEEDS)
         for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws", "workers"):
             value = getattr(self, name)
             if value is None and name in ("window", "max_length", "workers"):
@@ -126,6 +144,8 @@ class Options:
             self._set("layers", "|".join(_words("layers", self.layers)))
         if self.base not in self.levels:
             raise InputError(f"base level {self.base} is not among the levels {', '.join(map(str, self.levels))}")
+        if self.roles is not None:
+            self._set("roles", "|".join(_words("roles", self.roles)))
         Selector.parse(self.where)
 
     def _set(self, name: str, value: Any) -> None:
@@ -135,6 +155,16 @@ class Options:
     def base(self) -> float:
         """The level that ``per_operator`` and ``per_layer`` are read at."""
         return self.base_level if self.base_level is not None else sorted(self.levels)[len(self.levels) // 2]
+
+    @property
+    def kind(self) -> str:
+        """What perturbs: a kind of noise or a number format."""
+        return self.perturb or self.noise
+
+    @property
+    def captured(self) -> str:
+        """The declared perturbation that signal-to-noise ratios of activations refer to."""
+        return self.perturb or "bf16"
 
     @property
     def budget_seconds(self) -> float | None:
@@ -149,7 +179,9 @@ class Options:
     @property
     def where(self) -> str:
         """The selector of the probed sites."""
-        return ",".join([f"ops:{self.ops}"] + ([f"layers:{self.layers}"] if self.layers else []))
+        roles = self.roles or ("auto" if self.perturb else None)
+        parts = {"ops": self.ops, "layers": self.layers, "roles": roles}
+        return ",".join(f"{field}:{value}" for field, value in parts.items() if value)
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -154,10 +154,13 @@ class Recipe:
 def instrument(
     ready: Prepared, options: Options, sweep: Sweep, compiled: str
 ) -> tuple[Program, BlockReplay, list[Batch]]:
-    """Return the program with noise nodes, the engine that runs it, and the batches in the order in which to run them."""
-    kernel = str(compiled != "none").lower()
-    insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}},partition-blocks'
-    noisy = Pipeline.parse(insert)(ready.program)
+    """Return the program with what perturbs it, the engine that runs it, and the batches in the order in which to run them."""
+    if options.perturb is not None:
+        insert = f'insert-fake-quant{{where="{options.where}" format={options.perturb} controls=true}}'
+    else:
+        kernel = str(compiled != "none").lower()
+        insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}}'
+    noisy = Pipeline.parse(f"{insert},partition-blocks")(ready.program)
     engine = BlockReplay(
         noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, offload=options.replay_offload,
         compiled=compiled == "blocks",
@@ -180,7 +183,7 @@ def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures
     made = make_batches(
         encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
     )
-    program = Pipeline.parse(f'insert-capture{{where="{options.where}"}}')(ready.program)
+    program = Pipeline.parse(f'insert-capture{{where="{options.where}" perturb={options.captured}}}')(ready.program)
     return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
 
 
@@ -214,7 +217,7 @@ def plan(
     if "window" in kinds and options.step > window:
         notes.append(f"step {options.step} is larger than the window of {window}: some layers are in no window")
     probes = plan_probes(program, selector, kinds=kinds, window=window, step=options.step)
-    shared = _shared_sites(program, {s for p in probes for s in p.sites})
+    shared = _shared_sites(program, {s for p in probes for s in p.sites}) if options.perturb is None else []
     if shared:
         notes.append(
             f"{shared[0]}{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} computes one value for the whole "
@@ -228,8 +231,7 @@ def _shared_sites(program: Program, chosen: set[str]) -> list[str]:
     first = next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"]
     if not first.dim() or isinstance(static_size(first.shape[0]), int):
         return []
-    nodes = program.site_nodes()
-    values = {site: nodes[site].meta["val"] for site in nodes if site in chosen}
+    values = {site: place.value.meta["val"] for site, place in program.places.items() if site in chosen}
     return [s for s, v in values.items() if not v.dim() or isinstance(static_size(v.shape[0]), int)]
 
 

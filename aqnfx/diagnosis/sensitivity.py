@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aqnfx.errors import ArtifactError
+from aqnfx.numerics.noise import NoiseKind
 
 SCHEMA = "aqnfx.sensitivity/1"
 
@@ -50,6 +51,7 @@ class SensitivityMap:
     method: str = "measure"
     agreement: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
+    sqnr: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,12 @@ class SensitivityMap:
     def base_key(self) -> str:
         """``base_level`` as the key that the ``levels`` and ``measured`` tables use."""
         return level_key(self.base_level)
+
+    @property
+    def format(self) -> str | None:
+        """The number format whose error perturbed, or None where noise did."""
+        kind = str(self.noise["kind"])
+        return None if kind in list(NoiseKind) else kind
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -203,6 +211,13 @@ class _Weights(_Part):
     values: dict[str, dict[str, Any]] = {}
 
 
+class _Sqnr(_Part):
+    format: str = ""
+    sites: int = 0
+    spearman: float | None = None
+    misled: list[dict[str, Any]] = []
+
+
 class _Record(_Part):
     """What a record must look like; only used to check, so that the map itself stays plain JSON values."""
 
@@ -226,6 +241,7 @@ class _Record(_Part):
     method: str = "measure"
     agreement: dict[str, _Agreement] = {}
     weights: _Weights = _Weights()
+    sqnr: _Sqnr = _Sqnr()
     critical_layers: list[int | str] = []
     critical_ops: list[str] = []
     avalanche_points: list[list[int | str]] = []

@@ -8,6 +8,7 @@ nvfp4 "Pretraining Large Language Models with NVFP4" (NVIDIA 2025, arXiv:2509.25
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aqnfx.errors import InputError, nearest
-from aqnfx.numerics.noise import as_int32
+from aqnfx.numerics.noise import GOLDEN, as_int32, columns, mix32, standard_normal
 
 Grouping = Literal["none", "tensor", "channel", "row", "block"]
 Scale = Literal["none", "fp32", "bf16", "e8m0", "e4m3"]
@@ -122,6 +123,18 @@ class Format:
             "block": count // max(width, 1) * -(-width // max(self.block, 1)),
         }[self.grouping]  # fmt: skip
         return count * self.element.bits + groups * self._group_bits + (32 if self.scale == "e4m3" else 0)
+
+
+@functools.cache
+def relative_error(name: str) -> float:
+    """Return the rms error of a format relative to the rms of what it stores, for normal values in rows of 512.
+
+    10^(-SQNR / 20): what the level of relative Gaussian noise is to noise.
+    """
+    rows, cols = torch.arange(256, dtype=torch.int32).unsqueeze(1) * GOLDEN, columns(512)
+    x = standard_normal(mix32(rows), cols)
+    wrong = (quantize(x, parse_format(name)) - x).double()
+    return float(wrong.square().sum().sqrt() / x.double().square().sum().sqrt())
 
 
 def _exponent_field(x: Tensor) -> Tensor:

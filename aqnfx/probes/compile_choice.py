@@ -39,10 +39,13 @@ def compiler_problem(device: str) -> str | None:
     return None
 
 
-def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mode: str) -> str:
+def what_to_compile(
+    program: Program, sweep: Sweep, batches: Sequence[Batch], mode: str, *, kernel: bool = True
+) -> str:
     """Return one of :data:`COMPILED`: what was asked, or what pays for the projected work.
 
-    Where nothing can be compiled, "auto" compiles nothing and "yes" raises :class:`InputError`.
+    ``kernel``: whether there is noise, which has a kernel of its own. Where nothing can be compiled, "auto" compiles nothing
+    and "yes" raises :class:`InputError`.
     """
     problem = compiler_problem(str(batches[0].input_ids.device)) if mode != "no" else None
     if problem and mode == "yes":
@@ -69,7 +72,7 @@ def what_to_compile(program: Program, sweep: Sweep, batches: Sequence[Batch], mo
     saved = once * sweep.size * passes * _COMPILE_GAIN
     if not spread and saved > 2 * compile_seconds(program, "blocks"):
         return "blocks"
-    return "noise kernel" if noise_seconds > 2 * _KERNEL_SECONDS else "none"
+    return "noise kernel" if kernel and noise_seconds > 2 * _KERNEL_SECONDS else "none"
 
 
 def compile_seconds(program: Program, compiled: str) -> float:

@@ -12,7 +12,7 @@ from rich.text import Text
 from aqnfx.diagnosis.recommend import Recommendation, recommend
 from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
 from aqnfx.numerics.metrics import classify_window
-from aqnfx.reporting.summary import model_name, summary_sentences
+from aqnfx.reporting.summary import at_level, summary_sentences, title
 from aqnfx.reporting.text import factor, loss_class, nats, percent, percent_range, window_name
 
 MAX_LAYERS = 40
@@ -27,8 +27,7 @@ def print_summary(smap: SensitivityMap, console: Console) -> None:
 
     Names from outside are printed as they are, never read as rich markup.
     """
-    title = f"Noise sensitivity of {model_name(smap)}{' (partial run)' if smap.partial else ''}"
-    console.print(Text(title, style="bold"))
+    console.print(Text(f"{title(smap)}{' (partial run)' if smap.partial else ''}", style="bold"))
     for line in [*summary_sentences(smap), *smap.notes]:
         console.print(Text(line))
     for part in (_ranking(smap, "operators", "Operator", console), _layers(smap), _windows(smap)):
@@ -41,16 +40,16 @@ def print_summary(smap: SensitivityMap, console: Console) -> None:
         console.print(_recommendation(item))
 
 
-def _ranking(smap: SensitivityMap, name: str, title: str, console: Console) -> Table | None:
+def _ranking(smap: SensitivityMap, name: str, heading: str, console: Console) -> Table | None:
     rows = smap.ranking.get(name, [])
     if not rows:
         return None
     extra = ", ^ predicted" if smap.method != "measure" else ""
-    grid = _table(f"{title}s, degradation at {smap.base_level:g} (~ tied with the next, * not shown to differ from 0{extra})")
-    grid.add_column(title, overflow="fold", ratio=1, min_width=12)
+    grid = _table(f"{heading}s, degradation {at_level(smap)} (~ tied with the next, * not shown to differ from 0{extra})")
+    grid.add_column(heading, overflow="fold", ratio=1, min_width=12)
     grid.add_column("", no_wrap=True)
-    for heading in ("Lost", "Interval", "KL", "Score"):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    for name in ("Lost", "Interval", "KL", "Score"):
+        grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("Class", no_wrap=True)
     most = max((row["degradation"] or 0.0 for row in rows), default=0.0)
     for row in rows:
@@ -89,7 +88,8 @@ def _layers(smap: SensitivityMap) -> Table | None:
     with_kl = len(smap.levels) <= 4
     values = "degradation, KL" if with_kl else "degradation"
     estimated = ", ^ predicted, not measured" if smap.method != "measure" else ""
-    grid = _table(f"Layers by noise level: {values} (* not distinguishable from 0{estimated}){more}")
+    by = "by noise level" if smap.format is None else f"by factor on the error of {smap.format}"
+    grid = _table(f"Layers {by}: {values} (* not distinguishable from 0{estimated}){more}")
     grid.add_column("Layer", overflow="fold")
     for level in smap.levels:
         grid.add_column(f"{level:g}", justify="right", no_wrap=True)
@@ -113,7 +113,7 @@ def _windows(smap: SensitivityMap) -> Table | None:
         return None
     predicted = smap.method != "measure"
     whole = "its prediction, ^ not measured" if predicted else "the sum of its layers"
-    grid = _table(f"Windows, degradation at {smap.base_level:g} (! avalanche point, + more than {whole})")
+    grid = _table(f"Windows, degradation {at_level(smap)} (! avalanche point, + more than {whole})")
     grid.add_column("Layers", overflow="fold", ratio=1)
     for heading in ("Lost", "Interval", "KL", "x pred." if predicted else "x sum"):
         grid.add_column(heading, justify="right", no_wrap=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
 from aqnfx.reporting.prediction import prediction_section, weight_section
-from aqnfx.reporting.summary import confidence_text
+from aqnfx.reporting.sqnr import sqnr_section
+from aqnfx.reporting.summary import at_level, confidence_text
 from aqnfx.reporting.text import (
     MISSING,
     factor,
@@ -37,7 +38,8 @@ def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
         _operators(smap, report),
         _layers(smap, report),
         _windows(smap, report),
-        prediction_section(smap, report, table),
+        prediction_section(smap, report, table, at_level(smap)),
+        sqnr_section(smap, table),
         weight_section(report, table),
         _recommendations(report),
         _method(smap),
@@ -88,7 +90,7 @@ def _operators(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         "#", "Operator", "Degradation", "Interval", "KL (nats/token)", "Interval", "Score", "Class",
         "Distinguishable from 0", "Level for 10 %", "Against the next",
     )  # fmt: skip
-    title = f"## Operators at level {smap.base_level:g}"
+    title = f"## Operators {at_level(smap)}"
     return [title, "", *table(header, body, right=(0, 2, 4, 6, 9))]
 
 
@@ -108,8 +110,8 @@ def _layers(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
     header = ("Layer", *(f"Level {level}" for level in keys), "Rank", "Class", "Level for 10 %", "Against the next")
     estimated = "; (est.) predicted, not measured" if smap.method != "measure" else ""
     caption = (
-        f"Degradation ± half the {confidence_text(smap)} interval, then KL in nats per token; rank and class at level "
-        f"{smap.base_level:g}; * not distinguishable from no effect{estimated}."
+        f"Degradation ± half the {confidence_text(smap)} interval, then KL in nats per token; rank and class {at_level(smap)}"
+        f"; * not distinguishable from no effect{estimated}."
     )
     rows = table(header, body, right=(*range(1, len(keys) + 2), len(keys) + 3))
     return ["## Layers", "", md(caption), "", *rows]
@@ -168,7 +170,7 @@ def _windows(smap: SensitivityMap, report: dict[str, Any]) -> list[str]:
         "Layers", "Degradation", "Interval", "Class", "KL (nats/token)", "Interval", predicted,
         "Amplification", "Interval", "Superadditive", "Avalanche point",
     )  # fmt: skip
-    title = f"## Windows at level {smap.base_level:g}"
+    title = f"## Windows {at_level(smap)}"
     return [title, "", md(found), "", *table(header, body, right=(1, 4, 6, 7))]
 
 
@@ -194,11 +196,13 @@ def _sentence(text: str) -> str:
 
 def _method(smap: SensitivityMap) -> list[str]:
     degradation = smap.task.get("degradation", MISSING)
+    seeds = f"; scores are means over {len(smap.seeds)} noise seeds" if smap.format is None else ""
+    unit = "level" if smap.format is None else f"the relative error of {smap.format} on normal values"
     text = (
         f"Every probe perturbs its sites together and is paired with the clean run on the same "
-        f"{smap.samples} samples; scores are means over {len(smap.seeds)} noise seeds. Degradation is "
+        f"{smap.samples} samples{seeds}. Degradation is "
         f"{'the relative loss of exact matches' if degradation == 'exact_match' else '1 - top-1 agreement'}; the score "
-        f"is degradation / level (above 3 critical, 1.5 to 3 moderate). Critical entries also have a score interval "
+        f"is degradation / {unit} (above 3 critical, 1.5 to 3 moderate). Critical entries also have a score interval "
         f"above 1.5 and are distinguishable from no effect. {_prediction(smap)}"
     )
     values = {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "clean": smap.baseline}
@@ -213,6 +217,8 @@ def _prediction(smap: SensitivityMap) -> str:
         "rms_gaussian": "the sum of (gradient x rms) squared",
         "bias": "the square of the sum of gradient x |value|",
     }.get(str(smap.noise["kind"]), "the sum of (gradient x value) squared")
+    if smap.format is not None:
+        cost = f"the square of the sum of gradient x error of {smap.format}"
     return (
         f"Predictions are second order: half the level squared times {cost}, with the gradients of random projections of "
         "the logits whose covariance is the Fisher matrix of the output. A window is an avalanche point when its measured "

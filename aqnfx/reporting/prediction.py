@@ -77,8 +77,11 @@ def agreement_sentence(smap: SensitivityMap) -> str | None:
     )
 
 
-def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Table) -> list[str]:
-    """Return the lines of the report on predictions; ``table`` makes Markdown tables of escaped cells."""
+def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Table, where: str) -> list[str]:
+    """Return the lines of the report on predictions; ``table`` makes Markdown tables of escaped cells.
+
+    ``where`` says at which level, or in which format.
+    """
     record = report.get("prediction") or {}
     if not record:
         return []
@@ -88,7 +91,7 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
         [_agreement_row(level, found) for level, found in record["agreement"].items()],
         right=(1, 2, 3, 4, 6),
     )
-    lines += ["", f"### Sites with the highest predicted cost at level {smap.base_level:g}", ""]
+    lines += ["", f"### Sites with the highest predicted cost {where}", ""]
     lines += table(
         ("Site", "Predicted KL (nats/token)", "Interval", "Measured KL", "Interval"),
         [_site_row(row) for row in record["sites"]],
@@ -96,7 +99,7 @@ def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Tabl
     )
     lines += _thresholds(report, table)
     if record["channels"]:
-        lines += ["", f"### Channels with the highest predicted cost at level {smap.base_level:g}", ""]
+        lines += ["", f"### Channels with the highest predicted cost {where}", ""]
         lines += table(
             ("Site", "Channel", "Of", "Predicted KL (nats/token)", "Interval"),
             [(r["site"], r["channel"], r["channels"], nats(r["kl"]), nats_range(r["ci"])) for r in record["channels"]],

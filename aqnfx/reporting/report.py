@@ -12,7 +12,7 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.reporting.artifacts import check_output_dir, read_json, write_json, write_text
 from aqnfx.reporting.markdown import report_markdown
 from aqnfx.reporting.prediction import prediction_record
-from aqnfx.reporting.summary import model_name, summary_sentences
+from aqnfx.reporting.summary import summary_sentences, title
 
 SCHEMA = "aqnfx.diagnosis/1"
 FILES = {"map": "sensitivity_map.json", "report": "report.json", "markdown": "report.md"}
@@ -34,7 +34,7 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
     }
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "title": f"Noise sensitivity of {model_name(smap)}",
+        "title": title(smap),
         "partial": smap.partial,
         "summary": summary_sentences(smap),
         "operators": smap.ranking.get("operators", []),
@@ -46,6 +46,7 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
         "avalanche_points": smap.avalanche_points,
         "critical_threshold": smap.critical_threshold,
         "prediction": prediction_record(smap),
+        "sqnr": smap.sqnr,
         "weights": smap.weights,
         "recommendations": [item.to_record() for item in recommend(smap)],
         "method": {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "baseline": smap.baseline},

@@ -7,6 +7,7 @@ from typing import Any
 from aqnfx.diagnosis.recommend import nothing_distinguishable, nothing_grouped
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.reporting.prediction import agreement_sentence, estimates_sentence
+from aqnfx.reporting.sqnr import sqnr_sentence
 from aqnfx.reporting.text import factor, factor_range, names, nats, nats_range, percent, percent_range, window_name
 
 
@@ -38,7 +39,7 @@ def summary_sentences(smap: SensitivityMap) -> list[str]:
         sentences += _most_sensitive(smap, one, many, smap.ranking.get(name, []))
     sentences += _windows(smap)
     sentences.append(_critical(smap))
-    return [*sentences, *(s for s in (agreement_sentence(smap), estimates_sentence(smap)) if s is not None)]
+    return [*sentences, *(s for s in (agreement_sentence(smap), estimates_sentence(smap), sqnr_sentence(smap)) if s is not None)]
 
 
 def _what_was_done(smap: SensitivityMap) -> str:
@@ -49,12 +50,32 @@ def _what_was_done(smap: SensitivityMap) -> str:
         single = sum(bool(site["measured"] or site.get("estimated")) for site in smap.per_site)
         probed = _plural(single, "single site") if single else "all sites together"
     levels = ", ".join(f"{level:g}" for level in smap.levels)
+    data = f"{_plural(smap.samples, 'sample')} ({_plural(int(smap.task['tokens']), 'position')})"
+    if smap.format is not None:
+        times = "" if smap.levels == (1.0,) else f" times {levels}"
+        return (
+            f"{probed} of {model_name(smap)} were {how} with the error of {smap.format}{times} (relative to normal values "
+            f"{smap.noise['unit_error']:.2g}), on {data}; ranges are {confidence_text(smap)} intervals."
+        )
     return (
-        f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on "
-        f"{_plural(smap.samples, 'sample')} ({_plural(int(smap.task['tokens']), 'position')}) with "
+        f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on {data} with "
         f"{_plural(len(smap.seeds), 'seed')}; ranges are {confidence_text(smap)} intervals at level "
         f"{smap.base_level:g}."
     )
+
+
+def title(smap: SensitivityMap) -> str:
+    """Return what the report is of."""
+    if smap.format is not None:
+        return f"Sensitivity of {model_name(smap)} to {smap.format}"
+    return f"Noise sensitivity of {model_name(smap)}"
+
+
+def at_level(smap: SensitivityMap) -> str:
+    """Return "at level 0.05", or "in mxfp4"."""
+    if smap.format is not None:
+        return f"in {smap.format}" if smap.base_level == 1.0 else f"at {smap.base_level:g} times the error of {smap.format}"
+    return f"at level {smap.base_level:g}"
 
 
 def _sites(smap: SensitivityMap) -> list[str]:
@@ -73,8 +94,8 @@ def _sites(smap: SensitivityMap) -> list[str]:
 
 def _nothing(smap: SensitivityMap) -> str:
     return (
-        f"Nothing was found: no operator, layer or window has a degradation distinguishable from 0 at level "
-        f"{smap.base_level:g}; more samples, more seeds or higher levels are needed before any of this is acted on."
+        f"Nothing was found: no operator, layer or window has a degradation distinguishable from 0 {at_level(smap)}; more "
+        "samples, more seeds or higher levels are needed before any of this is acted on."
     )
 
 
