@@ -10,6 +10,7 @@ import torch
 from aqnfx.errors import PassError
 from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
+from aqnfx.numerics.accumulation import accumulate_reference
 from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import noise_reference
 from aqnfx.numerics.ops import count_reference
@@ -18,7 +19,7 @@ from aqnfx.passes.base import Pass
 
 @dataclass(frozen=True, kw_only=True)
 class LowerOps(Pass):
-    """Replace ``aqnfx::noise``, ``aqnfx::fake_quant`` and ``aqnfx::count`` by the plain operations that define them.
+    """Replace the operations that passes insert and switch by the plain operations that define them.
 
     The result is for inference: plain operations neither perturb a gradient nor let it pass through rounding. The
     control buffers stay, so levels, seeds and masks still change without compiling again.
@@ -36,6 +37,9 @@ class LowerOps(Pass):
                 lowered += 1
             elif node.target is torch.ops.aqnfx.fake_quant.default:
                 expand(program.module, node, fake_quant_reference, traces)
+                lowered += 1
+            elif node.target is torch.ops.aqnfx.accumulate.default:
+                expand(program.module, node, accumulate_reference, traces)
                 lowered += 1
             elif node.target is torch.ops.aqnfx.count.default:
                 expand(program.module, node, count_reference, traces)

@@ -14,6 +14,7 @@ BUILTIN = {
     "tag-ops": "aqnfx.passes.tag_ops:TagOps",
     "decompose-attention": "aqnfx.passes.decompose_attention:DecomposeAttention",
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
+    "insert-accumulation": "aqnfx.passes.insert_accumulation:InsertAccumulation",
     "insert-fake-quant": "aqnfx.passes.insert_fake_quant:InsertFakeQuant",
     "insert-score": "aqnfx.passes.insert_score:InsertScore",
     "insert-capture": "aqnfx.passes.insert_capture:InsertCapture",

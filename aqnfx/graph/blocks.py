@@ -13,10 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import COUNT, FAKE_QUANT, NOISE, is_switched
+from aqnfx.graph.controls import ACCUMULATE, COUNT, FAKE_QUANT, NOISE, is_switched
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.tags import get_tag, static_size
+from aqnfx.numerics.accumulation import accumulate_reference
 from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import with_keys
 from aqnfx.numerics.ops import count_reference
@@ -150,6 +151,8 @@ def lower(block: Block) -> Block:
     for node in graph.nodes:
         if node.target is FAKE_QUANT:
             node.target = fake_quant_reference
+        elif node.target is ACCUMULATE:
+            node.target = accumulate_reference
         elif node.target is NOISE:
             shape = node.args[0].meta["val"].shape
             groups.setdefault((str(shape[:-1]), len(shape), node.args[6], node.args[3]), []).append(node)

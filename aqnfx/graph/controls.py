@@ -1,4 +1,4 @@
-"""Control buffers of noise and fake-quant nodes: which buffer belongs to which site, and how to set them."""
+"""Control buffers of nodes that perturb: which buffer belongs to which site, and how to set them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import aqnfx.numerics.accumulation
 import aqnfx.numerics.fake_quant
-import aqnfx.numerics.ops  # noqa: F401  (both register the operators)
+import aqnfx.numerics.ops  # noqa: F401  (all register operators)
 from aqnfx.errors import InputError
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.tags import constant, get_tag, site_of
@@ -22,11 +23,12 @@ Phases = Literal["forward", "backward", "both"]
 NOISE = torch.ops.aqnfx.noise.default
 COUNT = torch.ops.aqnfx.count.default
 FAKE_QUANT = torch.ops.aqnfx.fake_quant.default
+ACCUMULATE = torch.ops.aqnfx.accumulate.default
 
 
 def is_switched(node: Node) -> bool:
     """Return whether the node perturbs its first argument by as much as a control buffer says."""
-    return node.target is NOISE or (node.target is FAKE_QUANT and node.args[1] is not None)
+    return node.target is NOISE or (node.target in (FAKE_QUANT, ACCUMULATE) and node.args[1] is not None)
 
 
 def stem_of(site: str) -> str:

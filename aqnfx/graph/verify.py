@@ -40,9 +40,14 @@ def _values_known(module: GraphModule) -> Iterator[Finding]:
             yield node, "has users and no known value (meta['val'])"
 
 
+def _is_ours(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx"
+
+
 def _stands_for_its_input(node: Node) -> bool:
     return node.target in (
         torch.ops.aqnfx.noise.default, torch.ops.aqnfx.score.default, torch.ops.aqnfx.fake_quant.default,
+        torch.ops.aqnfx.accumulate.default,
     )  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def _inserted_have_provenance(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
         if node.op != "call_function" or get_tag(node).inserted_by:
             continue
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx":
+        if _is_ours(node):
             yield node, "is an aqnfx operation without the pass that inserted it"
 
 
@@ -99,8 +104,8 @@ def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
         source = node.args[0]
         if not isinstance(source, Node) or source.op != "call_function" or tensor_value(source) is None:
             continue  # sizes are shared by the whole graph
-        if role_of(str(get_tag(node).site)) is not Role.OUTPUT:
-            continue  # what stands on an operand belongs to the operation that reads it
+        if not _is_ours(node) or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
+            continue  # what stands on an operand belongs to the operation that reads it; lowered nodes read anything
         if module_stack(source) != module_stack(node):
             yield node, "does not carry the module stack of the node that it follows"
 

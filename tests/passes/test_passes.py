@@ -47,6 +47,8 @@ SPECS = [
     ("tag-layers,tag-ops", "insert-fake-quant{format=int4:g8 controls=true}"),
     ("tag-layers,tag-ops", 'insert-noise{where="ops:linear,roles:weight" level=0.1}'),
     ("tag-layers,tag-ops,insert-fake-quant", "lower-ops"),
+    ("tag-layers,tag-ops", 'insert-accumulation{where="ops:core" element=fp16 every=4 controls=true}'),
+    ("tag-layers,tag-ops,insert-accumulation", "lower-ops"),
 ]  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def test_an_entry_that_is_no_pass_is_refused(monkeypatch):
         ("tag-ops", PassError, r"tag-ops needs tag-layers to have run before it; history: \(none\)"),
         ("insert-noise", PassError, "insert-noise needs tag-layers, tag-ops"),
         ("decompose-attention", PassError, "decompose-attention needs tag-layers"),
-        ("tag-layers,tag-ops,lower-ops", PassError, "found no aqnfx operations; run insert-noise first"),
+        ("tag-layers,tag-ops,lower-ops", PassError, "found no aqnfx operations; run insert-noise or insert-fake-quant first"),
         ("tag-layers,tag-ops,insert-noise,lower-ops,strip", PassError, "lower-ops has expanded the inserted nodes"),
         ("tag-layers,tag-ops,insert-noise,lower-ops,insert-noise", PassError, "insert before lowering"),
         ("tag-layers,tag-ops,insert-noise,insert-noise", PassError, "inp:linear:0 already has a noise node"),
