@@ -86,6 +86,7 @@ MOVES = frozenset({
     "view_as_real", "view_as_complex", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
     "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "scalar_tensor", "rand_like", "size",
     "_assert_tensor_metadata", "_assert_scalar", "sym_size", "item", "max_pool2d", "identity",
+    "histc", "bincount",  # counts of choices: no derivative, and noise on them is no noise on values
 })  # fmt: skip
 
 

@@ -1,0 +1,147 @@
+"""Predictions for weights and inputs of products equal what explicit Jacobians give."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import aqnfx
+from aqnfx.numerics import score_weight
+from aqnfx.numerics.perturbations import perturbation
+from aqnfx.passes.pipeline import Pipeline
+from aqnfx.probes import predict as module
+from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.predict import Predictions, predict
+from tests.families import build
+from tests.graph.small import generator
+from tests.probes.test_predict import WIDTH, AllSigns, Points, exact, net, points, tagged
+
+__all__ = ["net", "tagged"]  # fixtures
+
+FORMATS = ("int3:g2", "mxfp4", "int4:asym")
+LINEARS = ("layers.0.up", "layers.1.up")
+
+
+def predicted(program, batch: Points, role: str, *, kind: str = "relative_gaussian", perturb: str = "") -> Predictions:
+    where = f"modules:{'|'.join(LINEARS)},roles:{role}"
+    options = f'samples=4 draws=16 kind={kind} perturb="{perturb}"'
+    scored = Pipeline.parse(f'insert-score{{where="{where}" {options}}}')(program)
+    return predict(scored, lambda b: scored(x=b.x.double()), [batch], draws=16)  # type: ignore[arg-type]
+
+
+def sites(role: str) -> list[str]:
+    return [f"{linear}:linear:0:{role}" for linear in LINEARS]
+
+
+def inputs_of(net: nn.Module, batch: Points) -> list[Tensor]:
+    x = batch.x.double()
+    return [x, net.layers[0](x).detach()]
+
+
+def moved(net: nn.Module, batch: Points, role: str, name: str) -> list[Tensor]:
+    """Return how far the outputs of the two linear layers move when their weight or input is stored in a format."""
+    changes = []
+    for layer, x in zip(net.layers, inputs_of(net, batch), strict=True):
+        weight = layer.up.weight.detach()
+        if role == "weight":
+            changes.append(F.linear(x, perturbation(name)(weight, -1, 0)))
+        else:
+            changes.append(F.linear(perturbation(name)(x), weight))
+    return changes
+
+
+@pytest.mark.parametrize("role", ["weight", "input"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_of_weights_and_inputs_are_those_of_explicit_jacobians(net, tagged, role, name, monkeypatch):
+    monkeypatch.setattr(module, "projection", AllSigns(16))
+    batch = points()
+    found = predicted(tagged, batch, role, perturb="|".join(FORMATS))
+    first, second = moved(net, batch, role, name)
+    zero = torch.zeros_like(first)
+    alone = [exact(net, batch, [pair]) for pair in ((first, zero), (zero, second))]
+    together = exact(net, batch, [(first, second)])
+    known = sites(role)
+    for chosen, expected in ((known[:1], alone[0]), (known[1:], alone[1]), (known, together)):
+        np.testing.assert_allclose(found.perturbed_kl(chosen, name), expected.numpy(), rtol=1e-7, atol=1e-18)
+
+
+def test_a_format_as_the_kind_is_what_kl_returns(net, tagged, monkeypatch):
+    monkeypatch.setattr(module, "projection", AllSigns(16))
+    batch = points()
+    found = predicted(tagged, batch, "weight", kind="mxfp4", perturb="int3:g2")
+    assert found.perturbations == ("mxfp4", "int3:g2")
+    np.testing.assert_array_equal(found.kl(sites("weight"), 0.5), found.perturbed_kl(sites("weight"), "mxfp4", 0.5))
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 40])
+@pytest.mark.parametrize("kind", ["relative_gaussian", "absolute_gaussian", "rms_gaussian"])
+def test_noise_on_weights_is_that_of_explicit_jacobians(net, tagged, kind, chunk, monkeypatch):
+    monkeypatch.setattr(module, "projection", AllSigns(16))
+    monkeypatch.setattr(score_weight, "_CHUNK", chunk)  # a sample at a time gives the same
+    batch = points()
+    found = predicted(tagged, batch, "weight", kind=kind)
+    scales = {
+        "relative_gaussian": torch.abs, "absolute_gaussian": torch.ones_like,
+        "rms_gaussian": lambda w: w.square().mean(-1, keepdim=True).sqrt().expand_as(w),
+    }  # fmt: skip
+    for number, (layer, x) in enumerate(zip(net.layers, inputs_of(net, batch), strict=True)):
+        scale, pairs = scales[kind](layer.up.weight.detach()), []
+        for row, column in itertools.product(range(WIDTH), range(WIDTH)):
+            change = torch.zeros_like(x)
+            change[..., row] = x[..., column] * scale[row, column]
+            pairs.append((change, torch.zeros_like(x)) if number == 0 else (torch.zeros_like(x), change))
+        expected = exact(net, batch, pairs).numpy() * 0.3**2
+        np.testing.assert_allclose(found.kl([sites("weight")[number]], 0.3), expected, rtol=1e-9)
+
+
+def test_a_weight_of_either_layout_has_the_same_cost(monkeypatch):
+    class Either(nn.Module):
+        def __init__(self, *, written_out: bool) -> None:
+            super().__init__()
+            weight = torch.randn(6, 10, generator=generator(1), dtype=torch.float64)
+            self.head, self.written_out = nn.Linear(6, 3, bias=False).double(), written_out
+            with torch.no_grad():
+                self.head.weight.copy_(torch.randn(3, 6, generator=generator(2)))
+            self.weight = nn.Parameter(weight.t().contiguous() if written_out else weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(-1, x.shape[-1])
+            zero = torch.zeros(6, dtype=x.dtype)
+            product = torch.addmm(zero, rows, self.weight) if self.written_out else F.linear(rows, self.weight)
+            return self.head(torch.tanh(product).reshape(*x.shape[:-1], -1))
+
+    x = torch.randn(4, 5, 10, generator=generator(3), dtype=torch.float64)
+    batch, costs = Points(x=x, row_offset=0, score_mask=torch.ones(4, 4, dtype=torch.bool)), []
+    for written_out in (False, True):
+        program = aqnfx.trace(Either(written_out=written_out).eval(), inputs=((x,), {}))
+        text = 'tag-layers,tag-ops,insert-score{where="roles:weight,sites:%s" samples=4 draws=3 kind=int3:g4}'
+        op = ".:linear:0:weight"
+        scored = Pipeline.parse(text % op)(program)
+        found = predict(scored, lambda b, p=scored: p(x=b.x), [batch], draws=3)  # type: ignore[arg-type]
+        costs.append(found.kl([op], 1.0))
+    np.testing.assert_allclose(costs[0], costs[1], rtol=1e-9)
+    assert costs[0].min() > 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "opt"])
+def test_every_operand_of_a_family_is_scored(family):
+    from aqnfx.probes.data import Batch
+
+    program = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build(family)))
+    where = "ops:all,roles:auto"
+    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=3 draws=2 kind=int4:g8}}')(program)
+    ids = torch.randint(3, 90, (3, 9), generator=generator(5))
+    batch = Batch(
+        row_offset=0, size=3, input_ids=ids, attention_mask=torch.ones_like(ids),
+        score_mask=torch.ones(3, 8, dtype=torch.bool), answer_mask=None,
+    )  # fmt: skip
+    found = predict(scored, eager_forward(scored), [batch], draws=2)
+    silent = [site.id for site in found.sites if not found.kl([site.id], 1.0).sum() > 0]
+    assert {site.role for site in found.sites} >= {"input", "weight", "output"}
+    # Router logits choose experts; what reaches the output goes through the weights of those that were chosen.
+    assert not silent, silent
