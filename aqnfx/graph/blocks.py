@@ -14,8 +14,10 @@ from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
 from aqnfx.graph.controls import ACCUMULATE, COUNT, FAKE_QUANT, NOISE, is_switched
+from aqnfx.graph.operands import role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
+from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag, static_size
 from aqnfx.numerics.accumulation import accumulate_reference
 from aqnfx.numerics.fake_quant import fake_quant_reference
@@ -42,6 +44,19 @@ def number_blocks(program: Program) -> dict[Node, int]:
         own = place.get((tag.stack, tag.layer), 0) if tag.stack is not None and tag.layer is not None else 0
         # What has no layer and follows the last one (final norm, head) is a block of its own.
         blocks[node] = last if place and own == 0 and latest >= last - 1 else max(latest, own)
+    # What stands on an operand goes where it is read: a weight has no place of its own.
+    readers: dict[str, int] = {}
+    for node in reversed(list(blocks)):
+        tag = get_tag(node)
+        if tag.inserted_by is None or role_of(str(tag.site)) is Role.OUTPUT:
+            continue
+        if node.users:
+            readers[str(tag.site)] = min(blocks[user] for user in node.users if user in blocks)
+        blocks[node] = max(blocks[node], readers.get(str(tag.site), 0))
+    for node in blocks:
+        tag = get_tag(node)
+        if tag.inserted_by is not None and not node.users and str(tag.site) in readers:
+            blocks[node] = max(blocks[node], readers[str(tag.site)])
     return blocks
 
 

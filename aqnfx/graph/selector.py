@@ -49,7 +49,7 @@ class Selector:
             if region not in REGIONS:
                 raise SelectorError(f"unknown region {region!r}; known: {', '.join(REGIONS)}")
         for role in self.roles:
-            if role not in (roles := (*Role, AUTO)):
+            if role not in (roles := (*map(str, Role), AUTO)):
                 raise SelectorError(f"unknown role {role!r}; known: {', '.join(roles)}{nearest(role, roles)}")
         for layer in self.layers:
             match = _RANGE.match(layer)

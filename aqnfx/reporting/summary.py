@@ -55,7 +55,7 @@ def _what_was_done(smap: SensitivityMap) -> str:
         times = "" if smap.levels == (1.0,) else f" times {levels}"
         return (
             f"{probed} of {model_name(smap)} were {how} with the error of {smap.format}{times} (relative to normal values "
-            f"{smap.noise['unit_error']:.2g}), on {data}; ranges are {confidence_text(smap)} intervals."
+            f"{smap.noise['unit_error']:.3g}), on {data}; ranges are {confidence_text(smap)} intervals."
         )
     return (
         f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on {data} with "
