@@ -11,7 +11,7 @@ from aqnfx.errors import PassError, SelectorError
 from aqnfx.graph.program import Program, Step
 from aqnfx.graph.render import op_diff
 from aqnfx.graph.selector import Selector
-from aqnfx.graph.sites import Site
+from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.verify import verify
 
 
@@ -83,9 +83,20 @@ def format_option(value: Any) -> str:
     return repr(value)
 
 
-def select_or_raise(name: str, where: str, program: Program, *, allow_empty: bool) -> tuple[Site, ...]:
-    """Return the sites that the selector text ``where`` matches; raises :class:`PassError` when there are none."""
+def select_or_raise(
+    name: str, where: str, program: Program, *, allow_empty: bool, operands: bool = False
+) -> tuple[Site, ...]:
+    """Return the sites that the selector text ``where`` matches.
+
+    Raises :class:`SelectorError` when there are none, or where operands are among them and the pass takes outputs only
+    (``operands`` False): those are nodes, operands are edges.
+    """
     sites = Selector.parse(where).select(program)
+    wrong = [] if operands else [site for site in sites if site.role is not Role.OUTPUT]
+    if wrong:
+        raise SelectorError(
+            f"{name}: {where!r} also selects {len(wrong)} operands, first {wrong[0].id}; this pass takes outputs only"
+        )
     if not sites and not allow_empty:
         kinds = sorted({str(site.op) for site in program.sites})
         layers = [index for _, index in program.layers]

@@ -54,7 +54,7 @@ class InsertFakeQuant(Pass):
 
     def run(self, program: Program) -> None:
         """Insert the nodes, and register levels and ranges."""
-        chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty)
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
         ranges = _known(self.name, self.calibration, chosen) if self.calibration else {}
         taken = set(NoiseControls.of(program.module).sites)
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))

@@ -11,10 +11,11 @@ from torch.fx import Node
 from aqnfx.errors import PassError
 from aqnfx.graph.controls import COUNT, NOISE, NoiseControls, site_key, stem_of
 from aqnfx.graph.edit import control_buffer, insert_after, insert_at
+from aqnfx.graph.operands import origin
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
-from aqnfx.graph.tags import static_size, tensor_value
+from aqnfx.graph.tags import get_tag, static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
 from aqnfx.passes.base import Pass, select_or_raise
 
@@ -54,7 +55,7 @@ class InsertNoise(Pass):
     def run(self, program: Program) -> None:
         """Insert the nodes and register their buffers."""
         places = program.places
-        chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty)
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
         noised = set(NoiseControls.of(program.module).sites)
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
 
@@ -82,8 +83,9 @@ class InsertNoise(Pass):
                 cols = buffer(f"columns_{width}", columns(width), None)
             rows = sample_count(value, batch)
             args: tuple[Any, ...] = (level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
-            # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not.
-            keep_zeros = site.op == OpKind.SOFTMAX
+            # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not,
+            # at its output as at the product that reads it.
+            keep_zeros = get_tag(origin(places[site.id].value)).op is OpKind.SOFTMAX
             if keep_zeros or self.compiled:
                 args = (*args, 0, keep_zeros, self.compiled)
             noise = insert_at(places[site.id], NOISE, args, inserted_by=self.name, reroute=True)

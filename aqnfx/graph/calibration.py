@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+
+import torch
 
 from aqnfx.errors import InputError
 
 SCHEMA = "aqnfx.scan/1"
 Range = tuple[float, float]
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def read_ranges(path: str | Path) -> dict[str, Range]:
@@ -26,8 +28,8 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
 
 
 def _range(path: str | Path, site: str, pair: object) -> Range:
-    if isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) and math.isfinite(v) for v in pair):
+    if isinstance(pair, list) and len(pair) == 2 and all(type(v) in (int, float) and abs(v) <= _LARGEST for v in pair):
         low, high = (float(v) for v in pair)
         if low <= high:
             return low, high
-    raise InputError(f"{path}: the range of {site} is {pair!r}, not two finite numbers in order")
+    raise InputError(f"{path}: the range of {site} is {pair!r}, not two finite fp32 numbers in order")

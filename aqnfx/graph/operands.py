@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from aqnfx.graph.composites import source, users
+from aqnfx.graph.composites import is_move, users
 from aqnfx.graph.opkinds import OpKind, base_name, channel_dim
 from aqnfx.graph.sites import OPERANDS, Role, Site
 from aqnfx.graph.tags import get_tag, is_float, site_of, size_text, tensor_value
@@ -89,52 +89,82 @@ def _roles(node: Node, op: OpKind) -> tuple[tuple[int, Role, int, int], ...]:
     if name == "linear":
         return (0, Role.INPUT, -1, -1), (1, Role.WEIGHT, -1, 0)
     if name in ("addmm", "baddbmm"):
-        return (1, Role.INPUT, -1, -1), (2, _second(node, 2), -2, -1)
+        return (1, Role.INPUT, -1, -1), _second(node, 2)
     if name in ("matmul", "mm", "bmm"):
-        second = _second(node, 1)
-        # A cached value is stored token by token; its product sums over the tokens.
-        return (0, Role.INPUT, -1, -1), (1, second, -1 if second is Role.VALUE else -2, -1)
+        return (0, Role.INPUT, -1, -1), _second(node, 1)
     if op is OpKind.SDPA and name == "scaled_dot_product_attention":
         return (0, Role.INPUT, -1, -1), (1, Role.KEY, -1, -1), (2, Role.VALUE, -1, -1)
     if name == "embedding":
         return ((0, Role.WEIGHT, -1, 0),)
     if op is OpKind.CONV and name is not None:
         # (in, out, …) where it is transposed, else (out, in, …)
-        weight = (0, 1) if "transpose" in name else (1, 0)
+        weight = (0, 1) if "transpose" in name or (name == "convolution" and node.args[6] is True) else (1, 0)
         return (0, Role.INPUT, 1, 1), (1, Role.WEIGHT, *weight)
     if op is OpKind.GROUPED_MM:
-        return (0, Role.INPUT, -1, -1), (1, _second(node, 1), -2, -1)
+        return (0, Role.INPUT, -1, -1), _second(node, 1)
     return ()
 
 
-def _second(node: Node, position: int) -> Role:
-    """Return what the second operand of a product is."""
+def _second(node: Node, position: int) -> tuple[int, Role, int, int]:
+    """Return the entry of :func:`_roles` for the second operand of a product, (…, summed over, output channels)."""
     operand = node.args[position] if position < len(node.args) else None
     if isinstance(operand, Node) and origin(operand).op == "get_attr":
-        return Role.WEIGHT
+        return position, Role.WEIGHT, -2, -1
     first = node.args[position - 1]
+    # Keys and values are stored token by token, so their rows and channels are those that a fused attention reads:
+    # keys stand here turned, and the product with the values sums over the tokens.
     if isinstance(first, Node) and get_tag(origin(first)).op is OpKind.SOFTMAX:
-        return Role.VALUE
-    return Role.KEY if _reaches_softmax(node) else Role.OTHER
+        return position, Role.VALUE, -1, -1
+    if _reaches_softmax(node):
+        return position, Role.KEY, -2, -2
+    return position, Role.OTHER, -2, -1
 
 
 def origin(node: Node) -> Node:
     """Return the node that ``node`` is a view, selection, cast or perturbed copy of."""
     while True:
-        node = source(node)
-        if get_tag(node).inserted_by is None or not node.args or not isinstance(node.args[0], Node):
+        if get_tag(node).inserted_by is not None:
+            if (before := _replaced(node)) is None:
+                return node
+            node = before
+        elif is_move(node) and node.args and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
             return node
-        node = node.args[0]
+
+
+def _replaced(node: Node) -> Node | None:
+    """Return the value that an inserted node took the place of; ``lower-ops`` makes of one node many, all of its site."""
+    site, seen, ahead = get_tag(node).site, {node}, [node]
+    while ahead:
+        for found in ahead.pop().all_input_nodes:
+            tag = get_tag(found)
+            if tag.inserted_by is None or (found.op == "call_function" and tag.site not in (None, site)):
+                return found
+            if found.op == "call_function" and tag.site == site and found not in seen:  # no control buffer, no batch size
+                seen.add(found)
+                ahead.append(found)
+    return None
 
 
 def _reaches_softmax(node: Node, steps: int = 6) -> bool:
     """Return whether a softmax reads the value after at most ``steps`` element-wise operations: scale, cap, mask."""
-    for user in users(node):
-        tag = get_tag(user)
-        if tag.op is OpKind.SOFTMAX or tag.part_of is OpKind.SOFTMAX:
+    seen, front = {node}, [node]
+    for _ in range(steps + 1):
+        readers = [user for one in front for user in _readers(one, seen)]
+        if any(OpKind.SOFTMAX in (get_tag(user).op, get_tag(user).part_of) for user in readers):
             return True
-        simple = tag.op in (OpKind.ADD, OpKind.MUL, OpKind.OTHER) or tag.inserted_by is not None
-        if steps and simple and _reaches_softmax(user, steps - 1):
-            return True
+        front = [user for user in readers if get_tag(user).op in (OpKind.ADD, OpKind.MUL, OpKind.OTHER)]
     return False
+
+
+def _readers(node: Node, seen: set[Node]) -> Iterator[Node]:
+    """Users of ``node`` that are not in ``seen``, looking through moves and through what was inserted."""
+    for user in users(node):
+        if user not in seen:
+            seen.add(user)
+            if get_tag(user).inserted_by is not None:
+                yield from _readers(user, seen)
+            else:
+                yield user
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aqnfx.errors import SelectorError, nearest
 from aqnfx.graph.controls import Phases
-from aqnfx.graph.operands import PRODUCTS
+from aqnfx.graph.operands import PRODUCTS, role_of
 from aqnfx.graph.opkinds import OP_SETS, OpKind
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import REGIONS, Role, Site
@@ -182,7 +182,9 @@ def select_controls(
     if selector is not None:
         chosen &= {site.id for site in selector.select(program)}
         if not chosen:
-            raise SelectorError(f"{selector} selects none of the {len(controls.sites)} sites with noise nodes")
+            roles = sorted({role_of(site) for site in controls.sites} - {Role.OUTPUT})
+            hint = f"; controls of operands are chosen by their role, as in roles:{'|'.join(roles)}" if roles else ""
+            raise SelectorError(f"{selector} selects none of the {len(controls.sites)} sites with controls{hint}")
     for site, control in controls.sites.items():
         if site not in chosen:
             controls.set_level(site, 0.0)

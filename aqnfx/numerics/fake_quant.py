@@ -20,23 +20,30 @@ def fake_quant_reference(
 
     ``level`` fp32 (2,), its first entry: 0 returns ``x`` bit for bit, 1 (and None) the stored value, anything between or
     beyond that multiple of the error. ``low`` and ``high``, scalars: the fixed range of a static scale, see
-    :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``. ``masked``: values that are not finite
-    were put there by a mask; they pass through and take no part in any scale.
+    :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``. ``masked``: values that are not finite,
+    or beyond half of the largest that the dtype has, were put there by a mask (models add -inf or the least finite
+    number); they pass through and take no part in any scale.
     """
     if not format:
         return x.clone()
     bounds = None if low is None or high is None else (low, high)
-    given = x.masked_fill(~x.isfinite(), 0.0) if masked else x
+    kept = x.abs() < torch.finfo(x.dtype).max / 2 if masked else None
+    given = x if kept is None else torch.where(kept, x, 0.0)
     stored = quantize(given, parse_format(format), dim=dim, channel_dim=channel_dim, bounds=bounds)
-    if masked:
-        stored = torch.where(x.isfinite(), stored, x)
+    if kept is not None:
+        stored = torch.where(kept, stored, x)
     if level is None:
-        return stored
+        return _laid_out(stored, x)
     scale = level[0]
     between = (x + scale * (stored - x)).to(x.dtype)
-    if masked:
-        between = torch.where(x.isfinite(), between, x)
-    return torch.where(scale == 0, x, torch.where(scale == 1, stored, between))
+    if kept is not None:
+        between = torch.where(kept, between, x)
+    return _laid_out(torch.where(scale == 0, x, torch.where(scale == 1, stored, between)), x)
+
+
+def _laid_out(found: Tensor, x: Tensor) -> Tensor:
+    """Return ``found`` in the memory layout of ``x``: a graph may view what it reads, which not every layout allows."""
+    return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
 
 
 @torch.library.custom_op("aqnfx::fake_quant", mutates_args=())
@@ -59,8 +66,7 @@ def fake_quant(
             level = level.to(x.device, non_blocking=True)
     if low is not None and high is not None:
         low, high = low.to(x.device, non_blocking=True), high.to(x.device, non_blocking=True)
-    found = fake_quant_reference(x, level, low, high, format, gradient, dim, channel_dim, masked)
-    return torch.empty_like(x).copy_(found) if found.stride() != x.stride() else found
+    return fake_quant_reference(x, level, low, high, format, gradient, dim, channel_dim, masked)
 
 
 @fake_quant.register_fake
@@ -82,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inside = (x >= low.to(x.device)) & (x <= high.to(x.device))
         if level is not None:
             inside = inside | (level[0] == 0).to(x.device)
-        grad = grad * inside
+        grad = torch.where(inside, grad, 0.0)
     if gradient:
         switch = None if level is None else torch.stack([level[1], level[1]])
         grad = torch.ops.aqnfx.fake_quant(grad, switch, None, None, gradient, "", dim, channel_dim, masked)

@@ -160,7 +160,7 @@ def test_noise_restores_the_controls_also_after_an_error():
     [
         ({"layers": [7]}, SelectorError, "layers:7 is out of range; the model has layers 0-2"),
         ({"ops": "linaer"}, SelectorError, "did you mean 'linear'"),
-        ({"ops": "silu"}, SelectorError, "ops:silu selects none of the 23 sites with noise nodes"),
+        ({"ops": "silu"}, SelectorError, "ops:silu selects none of the 23 sites with controls$"),
         ({"level": -1.0}, InputError, "noise level -1.0 must be finite and not negative"),
         ({"level": float("nan")}, InputError, "noise level nan"),
         ({"level": 0.1, "phases": "sideways"}, InputError, "phases 'sideways' is not one of"),

@@ -73,7 +73,7 @@ def test_parse_errors(text, message):
         ("layers:40-44", "layers:40-44 is out of range; the model has layers 0-2"),
         ("layers:1-3", "layers:1-3 is out of range; the model has layers 0-2"),
         ("layers:encoder:0", "layers:encoder:0: the model has the layer stacks blocks"),
-        ("sites:blocks.0.qkv:linear:1", "unknown site 'blocks.0.qkv:linear:1' among 41; did you mean 'blocks.0.qkv:linear:0'"),
+        ("sites:blocks.0.qkv:linear:1", "unknown site 'blocks.0.qkv:linear:1' among 87; did you mean 'blocks.0.qkv:linear:0'"),
     ],
 )
 def test_select_errors(program, text, message):

@@ -210,7 +210,7 @@ def test_an_entry_that_is_no_pass_is_refused(monkeypatch):
         ("tag-layers,tag-ops,lower-ops", PassError, "found no aqnfx operations; run insert-noise or insert-fake-quant first"),
         ("tag-layers,tag-ops,insert-noise,lower-ops,strip", PassError, "lower-ops has expanded the inserted nodes"),
         ("tag-layers,tag-ops,insert-noise,lower-ops,insert-noise", PassError, "insert before lowering"),
-        ("tag-layers,tag-ops,insert-noise,insert-noise", PassError, "inp:linear:0 already has a noise node"),
+        ("tag-layers,tag-ops,insert-noise,insert-noise", PassError, "inp:linear:0 has controls already; strip first"),
         ("tag-layers,tag-ops,insert-noise{kind=pink}", PassError, "kind 'pink' is not one of relative_gaussian"),
         ("tag-layers,tag-ops,insert-noise{phases=up}", PassError, "phases 'up' is not one of forward"),
         ("tag-layers,tag-ops,insert-noise{level=-1}", PassError, "level -1.0 must be finite and not negative"),

@@ -223,12 +223,18 @@ def test_stack_equals_its_module():
 # Zeros that a mask made ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["absolute_gaussian", "rms_gaussian"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_noise_on_attention_probabilities_does_not_open_the_mask(kind, compiled):
+@pytest.mark.parametrize(
+    ("where", "kind", "compiled"),
+    [
+        ("ops:softmax", "absolute_gaussian", False), ("ops:softmax", "absolute_gaussian", True),
+        ("ops:softmax", "rms_gaussian", False), ("ops:softmax", "rms_gaussian", True),
+        ("ops:matmul,roles:input", "absolute_gaussian", False),  # the same values, where the product reads them
+    ],
+)  # fmt: skip
+def test_noise_on_attention_probabilities_does_not_open_the_mask(where, kind, compiled):
     """A causal model stays causal: noise on a masked probability would let a position see later tokens."""
     program = aqnfx.trace(build("llama"))
-    options = f'where="ops:softmax" kind={kind} compiled={str(compiled).lower()}'
+    options = f'where="{where}" kind={kind} compiled={str(compiled).lower()}'
     noisy = Pipeline.parse(f'tag-layers,decompose-attention{{where="ops:softmax"}},tag-ops,insert-noise{{{options}}}')(program)
     first, second = inputs("llama", batch=2, length=9), inputs("llama", batch=2, length=9)
     second["input_ids"] = first["input_ids"].clone()
