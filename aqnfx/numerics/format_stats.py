@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aqnfx.numerics.formats import Format, Stored, quantize_group
+from aqnfx.numerics.formats import Format, quantize_group
 
 NONZERO, SIGNAL, NOISE, DEAD_NOISE, RELATIVE, DEAD, BEYOND = range(7)
-"""Entries of the sums of a format: see :func:`error_sums`."""
+"""Entries of the sums of a format: see :func:`error_sums` and :func:`format_sums`."""
 ERROR_SUMS = 7
 
 NO_ERROR, NO_SIGNAL, OVERFLOW = "no error", "all values are zero", "values become infinite"
@@ -33,45 +33,53 @@ _WORTH_COMPILED = 1 << 16  # elements of a chunk; below, the call costs more tha
 Bounds = tuple[Tensor, Tensor]
 
 
-def error_sums(x: Tensor, stored: Stored) -> Tensor:
-    """Return fp64 (7,) over all values of fp32 ``x`` and what a format stores for them; sums of chunks add up.
+def error_sums(x: Tensor, q: Tensor) -> Tensor:
+    """Return fp64 (6,) over all values of ``x`` and ``q``, what a format stores for them, fp32; sums of chunks add up.
 
-    NONZERO: number of x ≠ 0; SIGNAL: Σx²; NOISE: Σ(q−x)²; DEAD_NOISE: that part of it where x ≠ 0 and q = 0; RELATIVE:
-    Σ|q−x|/|x| over x ≠ 0; DEAD: number of x ≠ 0 with q = 0; BEYOND: number of x outside of the range that the scale of
-    their group holds (by more than 1 part in 2^20, which is the rounding of an fp32 scale).
+    NONZERO: number of x ≠ 0; SIGNAL: Σx²; NOISE: Σ(q−x)²; DEAD_NOISE: that part of it where q = 0; RELATIVE: Σ|q−x|/|x| over
+    x ≠ 0; DEAD: number of x ≠ 0 with q = 0, where zeros are stored as zeros. q−x is taken in fp32, which is exact for
+    values that are close and correct to 1 part in 2^24 for others.
     """
-    q = stored.values
-    wide = x.double()
-    delta = q.double() - wide
-    square = delta * delta
-    nonzero = x != 0.0
-    dead = nonzero & (q == 0.0)
-    beyond = (x > stored.high * _MARGIN) | (x < stored.low * _MARGIN)
-    relative = (delta / torch.where(nonzero, wide, 1.0)).abs()
+    x = x.to(torch.float32)
+    nonzero, lost = x != 0.0, q == 0.0
+    change = q - x
+    wide, delta = x.double(), change.double()
+    dead = torch.where(lost, change, 0.0).double()
+    relative = (change / torch.where(nonzero, x, 1.0)).abs().double()
     parts = (
-        nonzero.sum(), (wide * wide).sum(), square.sum(), torch.where(dead, square, 0.0).sum(), relative.sum(), dead.sum(),
-        beyond.sum(),
+        nonzero.sum(), (wide * wide).sum(), (delta * delta).sum(), (dead * dead).sum(), relative.sum(),
+        lost.sum() - (x == 0.0).sum(),
     )  # fmt: skip
     return torch.stack([part.double() for part in parts])
 
 
 def format_sums(x: Tensor, fmt: Format, bounds: Bounds | None = None, *, compiled: bool = False) -> Tensor:
-    """Return :func:`error_sums` of ``x``, rows of shape (rows, width) in any float dtype, stored in ``fmt``.
+    """Return fp64 (7,), :func:`error_sums` and BEYOND of ``x`` (rows, width), of any float dtype, stored in ``fmt``.
 
-    Rows and blocks run along the width, so that chunks of whole rows add up to the whole tensor; a format with a scale of
-    the whole tensor (``fmt.static``) needs its ``bounds``, see :func:`~aqnfx.numerics.formats.quantize`. ``compiled``
-    does it in one Inductor kernel per format: counts are the same, sums agree to about 1e-11.
+    BEYOND: the number of values outside of the range that the scale of their group holds (by more than 1 part in 2^20,
+    which is the rounding of an fp32 scale). Rows and blocks run along the width, so that chunks of whole rows add up to
+    the whole tensor; a format with a scale of the whole tensor (``fmt.static``) needs its ``bounds``, see
+    :func:`~aqnfx.numerics.formats.quantize`. ``compiled`` does it in two Inductor kernels, of which the first is the
+    format's own: counts are the same, sums agree to about 1e-11.
     """
     groups = _groups(x, fmt)
     varying = (0, 1) if fmt.grouping in ("row", "channel") else (0,)  # a block stays as wide as it is
-    kernel = _kernel(_stored_sums, fmt.name) if compiled and _worth_compiling(groups, *varying) else _stored_sums
-    sums: Tensor = kernel(groups, fmt, bounds)
-    return sums
+    kernel = _kernel(_store, fmt.name) if compiled and _worth_compiling(groups, *varying) else _store
+    q, beyond = kernel(groups, fmt, bounds if fmt.static else None)
+    flat, stored = groups.reshape(-1), q.reshape(-1)
+    whole = compiled and _worth_compiling(flat, 0) and _worth_compiling(stored, 0)
+    sums = (_kernel(error_sums, "all") if whole else error_sums)(flat, stored)
+    return torch.cat([sums, beyond.double().reshape(1)])
 
 
-def _stored_sums(x: Tensor, fmt: Format, bounds: Bounds | None) -> Tensor:
+def _store(x: Tensor, fmt: Format, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+    """Return the stored values of groups, and how many are outside of their range.
+
+    A kernel of its own: one for everything takes three times as long, because it hands masks from one loop to the next.
+    """
     wide = x.to(torch.float32)
-    return error_sums(wide, quantize_group(wide, fmt, bounds if fmt.static else None))
+    stored = quantize_group(wide, fmt, bounds)
+    return stored.values, ((wide > stored.high * _MARGIN) | (wide < stored.low * _MARGIN)).sum()
 
 
 def _groups(x: Tensor, fmt: Format) -> Tensor:
@@ -144,13 +152,15 @@ def value_sums(x: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ValueStatistics:
-    """What the values of a tensor are like, whatever format they are stored in; chunks of whole rows are added."""
+    """What the values of a tensor of ``rows`` rows are like, whatever format they are stored in; added by whole rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         self.count = 0
         self.largest = 0.0
         self._sums = torch.zeros(5, dtype=torch.float64)
-        self._rows: list[Tensor] = []
+        # In one piece from the start: small blocks that stay, between large ones that go, would tear up the heap.
+        self._means = torch.empty(rows, dtype=torch.float64)
+        self._filled = 0
         self._pivot: Tensor | None = None
 
     def add(self, x: Tensor, *, compiled: bool = False) -> None:
@@ -162,7 +172,8 @@ class ValueStatistics:
         kernel = _kernel(value_sums, "values") if compiled and _worth_compiling(x, 0, 1) else value_sums
         sums, largest, rows = kernel(x, self._pivot)
         self._sums += sums
-        self._rows.append(rows / x.shape[1])
+        self._means[self._filled : self._filled + x.shape[0]] = rows / x.shape[1]
+        self._filled += x.shape[0]
         self.count += x.numel()
         # max() of Python would drop a NaN that comes second.
         self.largest = float(np.maximum(self.largest, float(largest)))
@@ -178,7 +189,7 @@ class ValueStatistics:
         one, two, three, four, square = (float(value) / n for value in self._sums)
         variance = two - one * one
         fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
-        means = torch.cat(self._rows).numpy()
+        means = self._means[: self._filled].numpy()
         median = float(np.median(means))
         return {
             "elements": n,

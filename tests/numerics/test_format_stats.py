@@ -89,11 +89,11 @@ def test_records_are_what_their_definitions_say(name: str, width: int) -> None:
     v = x.double().numpy()
     nonzero, error = v != 0.0, q - v
     found = record(x, name)
-    assert found["sqnr_db"] == pytest.approx(10.0 * np.log10((v**2).sum() / (error**2).sum()), rel=1e-12)
+    assert found["sqnr_db"] == pytest.approx(10.0 * np.log10((v**2).sum() / (error**2).sum()), rel=1e-7)
     assert found["dead_zone"] == np.mean(q[nonzero] == 0.0)
-    assert found["relative_error"] == pytest.approx(np.mean(np.abs(error[nonzero]) / np.abs(v[nonzero])), rel=1e-12)
+    assert found["relative_error"] == pytest.approx(np.mean(np.abs(error[nonzero]) / np.abs(v[nonzero])), rel=1e-6)
     dead = nonzero & (q == 0.0)
-    assert found["dead_noise"] == pytest.approx((error[dead] ** 2).sum() / (error**2).sum(), rel=1e-12)
+    assert found["dead_noise"] == pytest.approx((error[dead] ** 2).sum() / (error**2).sum(), rel=1e-6)
     # What exceeds the range of its group is stored as the end of that range: nothing that is stored is larger.
     beyond = round(found["saturation"] * x.numel())
     assert beyond <= np.sum(np.abs(v) > np.abs(q))
@@ -170,7 +170,7 @@ def test_values_are_described_in_chunks(shift: float, rows: int) -> None:
     x = gaussian(50, 40, seed=4)
     x[3] *= 20.0
     x = x * (1e-21 if shift == -1e-20 else 1.0) + shift
-    found = ValueStatistics()
+    found = ValueStatistics(50)
     for chunk in x.split(rows):
         found.add(chunk)
     v = x.double().numpy()
@@ -185,7 +185,7 @@ def test_values_are_described_in_chunks(shift: float, rows: int) -> None:
 
 def test_values_without_spread_have_no_kurtosis_and_zeros_no_outliers() -> None:
     for value in (0.0, 0.1, -3e20):
-        found = ValueStatistics()
+        found = ValueStatistics(5)
         found.add(torch.full((5, 7), value))
         facts = found.record()
         assert facts["kurtosis"] is None
@@ -198,7 +198,7 @@ def test_values_that_are_not_finite_are_seen(bad: float, row: int) -> None:
     x = gaussian(4, 8)
     x[row, 3] = bad
     for chunks in (x.split(1), [x]):
-        found = ValueStatistics()
+        found = ValueStatistics(4)
         for chunk in chunks:
             found.add(chunk)
         assert not math.isfinite(found.largest)
@@ -216,7 +216,7 @@ def test_kernels_count_the_same_and_add_up_to_the_same() -> None:
             plain, compiled = sums(x, name), sums(x, name, 150, compiled=True)
             assert torch.equal(plain[COUNTS], compiled[COUNTS]), name
             torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=0.0, msg=name)
-    plain_values, compiled_values = ValueStatistics(), ValueStatistics()
+    plain_values, compiled_values = ValueStatistics(300), ValueStatistics(300)
     plain_values.add(x)
     for chunk in x.split(150):
         compiled_values.add(chunk, compiled=True)
