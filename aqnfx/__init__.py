@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from aqnfx.diagnosis.activation_capture import ActivationCapture as ActivationCapture
     from aqnfx.diagnosis.diagnose import diagnose as diagnose
+    from aqnfx.diagnosis.scan import Scan as Scan
+    from aqnfx.diagnosis.scan import scan as scan
     from aqnfx.diagnosis.sensitivity import SensitivityMap as SensitivityMap
     from aqnfx.errors import AqnfxError as AqnfxError
     from aqnfx.graph.frontend import trace as trace
@@ -31,6 +33,8 @@ _LAZY = {
     "OpKind": "aqnfx.graph.opkinds",
     "Pipeline": "aqnfx.passes.pipeline",
     "diagnose": "aqnfx.diagnosis.diagnose",
+    "scan": "aqnfx.diagnosis.scan",
+    "Scan": "aqnfx.diagnosis.scan",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",
     "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from aqnfx.cli import demo, diagnose, env, opt, trace
+from aqnfx.cli import demo, diagnose, env, opt, scan, trace
 from aqnfx.errors import AqnfxError
 
 # Typer exports no name for the base of its usage errors, and where it lives differs between versions.
@@ -27,6 +27,7 @@ app.command("demo")(demo.command)
 app.command("trace")(trace.command)
 app.command("opt")(opt.command)
 app.command("diagnose")(diagnose.command)
+app.command("scan")(scan.command)
 app.command("env")(env.command)
 
 

@@ -136,6 +136,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+@contextlib.contextmanager
+def output_directory(out: Path | None) -> Iterator[None]:
+    """Make a directory before a run, where one is asked for, and take away what was made when the run fails."""
+    made = [path for path in (out, *out.parents) if not path.exists()] if out is not None else []
+    if out is not None:
+        check_output_dir(out)
+    try:
+        yield
+    except BaseException:
+        _leave_nothing(None, made)
+        raise
+
+
 def _leave_nothing(journal: Path | None, made: list[Path]) -> None:
     """After a failure remove the run's own journal if it holds no finished work, and directories it made in vain."""
     if journal is not None and journal.exists() and journal.read_bytes().count(b"\n") <= 1:

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,6 +175,14 @@ def _round_mantissa(x: Tensor, dropped: int) -> Tensor:
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
+class Stored(NamedTuple):
+    """Stored values, and the least and the largest value that the scale of each group holds."""
+
+    values: Tensor
+    low: Tensor
+    high: Tensor
+
+
 def quantize(
     x: Tensor, fmt: Format, *, dim: int = -1, channel_dim: int = 0, bounds: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
@@ -198,8 +206,20 @@ def quantize(
         return round_element(wide, fmt.element).to(x.dtype)
     if fmt.grouping in ("row", "block") and x.dim() > 1 and dim % x.dim() != x.dim() - 1:
         moved = wide.movedim(dim, -1)
-        return _held(_grouped(moved, fmt, channel_dim, bounds), x.dtype).movedim(-1, dim)
-    return _held(_grouped(wide, fmt, channel_dim, bounds), x.dtype)
+        return _held(_grouped(moved, fmt, channel_dim, bounds).values, x.dtype).movedim(-1, dim)
+    return _held(_grouped(wide, fmt, channel_dim, bounds).values, x.dtype)
+
+
+def quantize_group(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None = None) -> Stored:
+    """Return fp32 ``x`` of shape (groups, values of a group) as ``fmt`` stores it, with the range that it holds.
+
+    A group is a block or a row; where the whole tensor shares a scale, or nothing does, any split is right. The range
+    broadcasts to the values. ``x`` is not empty. ``bounds`` and the values are those of :func:`quantize`.
+    """
+    if fmt.grouping == "none":
+        largest = x.new_tensor(fmt.element.largest)
+        return Stored(round_element(x, fmt.element), -largest, largest)
+    return _grouped(x, fmt, 0, bounds)
 
 
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,7 +228,7 @@ def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if dtype.itemsize >= 4 else x.clamp(-largest, largest)).to(dtype)
 
 
-def _grouped(wide: Tensor, fmt: Format, channel_dim: int, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+def _grouped(wide: Tensor, fmt: Format, channel_dim: int, bounds: tuple[Tensor, Tensor] | None) -> Stored:
     if fmt.grouping == "block":
         return _by_blocks(wide, fmt, bounds)
     if fmt.grouping == "tensor" or wide.dim() == 0:
@@ -226,7 +246,7 @@ def _largest(bounds: tuple[Tensor, Tensor]) -> Tensor:
     return torch.maximum(low.abs(), high.abs()).to(torch.float32)
 
 
-def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> Stored:
     flat = x.reshape(1) if x.dim() == 0 else x
     width = flat.shape[-1]
     missing = -width % fmt.block
@@ -234,13 +254,14 @@ def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> 
     padded = flat if full else pad(flat, (0, missing))
     blocks = padded.reshape(*padded.shape[:-1], -1, fmt.block)
     whole = (x.abs().amax() if bounds is None else _largest(bounds)) if fmt.scale == "e4m3" else None
-    found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole, None).reshape(padded.shape)
-    return (found if full else found[..., :width]).reshape(x.shape)
+    found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole, None)
+    values = found.values.reshape(padded.shape)
+    return Stored((values if full else values[..., :width]).reshape(x.shape), found.low[..., 0], found.high[..., 0])
 
 
 def _scaled(
     x: Tensor, fmt: Format, dims: tuple[int, ...], whole: Tensor | None, bounds: tuple[Tensor, Tensor] | None
-) -> Tensor:
+) -> Stored:
     """Return ``x`` stored with one scale per slice over ``dims``; ``whole`` is the largest magnitude of the tensor."""
     element = fmt.element
     if isinstance(element, IntElement) and element.zero_point:
@@ -252,14 +273,17 @@ def _scaled(
         field = _exponent_field(largest)
         field = torch.where(field == 255, field, (field - top).clamp(0, 254))
         inverse = torch.where(field == 255, field, 254 - field)
-        return round_element(x * _power_of_two(inverse), element) * _power_of_two(field)
+        scale = _power_of_two(field)
+        values = round_element(x * _power_of_two(inverse), element) * scale
+        return Stored(values, scale * -element.largest, scale * element.largest)
     if fmt.scale == "e4m3":
         assert whole is not None  # given by the caller for this scale
         tensor_scale = _divisor(whole / (E4M3.largest * element.largest))
         scale = round_element(largest / element.largest / tensor_scale, E4M3) * tensor_scale
     else:
         scale = _stored_scale(largest / element.largest, fmt)
-    return round_element(x / _divisor(scale), element) * scale
+    values = round_element(x / _divisor(scale), element) * scale
+    return Stored(values, scale * -element.largest, scale * element.largest)
 
 
 def _stored_scale(scale: Tensor, fmt: Format) -> Tensor:
@@ -274,7 +298,7 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def _with_zero_point(
     x: Tensor, fmt: Format, element: IntElement, dims: tuple[int, ...], bounds: tuple[Tensor, Tensor] | None
-) -> Tensor:
+) -> Stored:
     steps = float((1 << element.bits) - 1)
     if bounds is not None:
         low, high = (bound.to(torch.float32) for bound in bounds)
@@ -285,7 +309,7 @@ def _with_zero_point(
     scale = _divisor(_stored_scale(high / steps - low / steps, fmt))
     zero = torch.round(-low / scale).clamp(0.0, steps)
     stored = (torch.round(x / scale) + zero).clamp(0.0, steps)
-    return (stored - zero) * scale
+    return Stored((stored - zero) * scale, -zero * scale, (steps - zero) * scale)
 
 
 _PLAIN = {"bf16": BF16, "fp16": FP16, "tf32": TF32}

@@ -1,0 +1,171 @@
+"""The tensors that a checkpoint's safetensors files hold, by their headers alone: nothing is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from aqnfx.data import embedded_model
+from aqnfx.errors import ModelError
+from aqnfx.graph.frontend import EMBEDDED
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor: ``dtype`` as safetensors names it (BF16), ``start`` and ``size`` in bytes of the file ``path``."""
+
+    key: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def model_directory(model: str) -> Path:
+    """Return the directory of a model: a local one, that of the embedded model, or of a hub id in the local cache.
+
+    Nothing is downloaded. Raises :class:`ModelError`.
+    """
+    path = Path(model)
+    if model == EMBEDDED and not path.exists():
+        return embedded_model()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"model {model!r} is a file; give the Hugging Face directory that holds config.json and weights")
+    if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"model directory {model!r} does not exist")
+    return _cached(model)
+
+
+def _cached(model: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        for name in (_WHOLE, _INDEX, "config.json"):
+            found = huggingface_hub.try_to_load_from_cache(model, name)
+            if isinstance(found, str):
+                return Path(found).parent
+    except HFValidationError:
+        pass
+    raise ModelError(
+        f"model {model!r} is neither a directory nor in the local Hugging Face cache, and scan downloads nothing; "
+        "fetch it with `hf download`, or give a directory"
+    )
+
+
+def shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the safetensors files of a directory, and what an index says: tensor -> file name (empty without one).
+
+    Raises :class:`ModelError` where there are none, or the index is damaged or names what is not there.
+    """
+    if (directory / _WHOLE).is_file():
+        return [directory / _WHOLE], {}
+    index = directory / _INDEX
+    if not index.is_file():
+        raise ModelError(_nothing_in(directory))
+    try:
+        read = json.loads(index.read_bytes())
+        placed = read["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is damaged: no JSON object with a weight_map ({type(error).__name__})") from error
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ModelError(f"{index} is damaged: its weight_map does not say tensor -> file")
+    names = sorted(set(placed.values()))
+    for name in names:
+        outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+        if not name.strip() or outside or ".." in re.split(r"[/\\]", name) or "\0" in name:
+            raise ModelError(f"{index} names the file {name!r}, which is not inside of its directory; it is not read")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index} names {len(names)} shards and {len(missing)} of them are missing: {missing[0]}; complete the download"
+        )
+    return [directory / name for name in names], placed
+
+
+def _nothing_in(directory: Path) -> str:
+    files = sorted(path.name for path in directory.iterdir() if path.is_file())
+    pickled = [name for name in files if name.endswith(_PICKLED)]
+    others = [name for name in files if name.endswith(".safetensors")]
+    if others:
+        return f"{directory} holds {others[0]} but neither {_WHOLE} nor {_INDEX}, which says what belongs together"
+    why = (
+        f"it holds pickled weights ({pickled[0]}), which are not read since loading them can run code; save them as safetensors"
+        if pickled
+        else "give a directory that `save_pretrained` wrote"
+    )
+    return f"{directory} holds no {_WHOLE} and no {_INDEX}; {why}"
+
+
+def read_entries(directory: Path) -> list[Entry]:
+    """Return every tensor of a checkpoint in the order of files and bytes.
+
+    Raises :class:`ModelError` for files that are truncated or no safetensors, for a tensor in two shards, and for an index
+    that does not agree with its shards.
+    """
+    files, placed = shards(directory)
+    found: dict[str, Entry] = {}
+    for path in files:
+        for entry in _header(path):
+            other = found.setdefault(entry.key, entry)
+            if other is not entry:
+                raise ModelError(f"tensor {entry.key!r} stands in two shards, {other.path.name} and {path.name}; keep one")
+    for key, name in placed.items():
+        if key not in found or found[key].path != directory / name:
+            raise ModelError(f"{directory / _INDEX} says that {name} holds {key!r}, which it does not; index and shards differ")
+    return list(found.values())
+
+
+def _header(path: Path) -> list[Entry]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # it checks that the header is whole, and that its tensors cover the file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {str(error).splitlines()[0]}; the file is truncated or damaged") from error
+    entries = [
+        Entry(
+            key=key, path=path, dtype=str(one["dtype"]), shape=tuple(one["shape"]), start=8 + length + one["data_offsets"][0],
+            size=one["data_offsets"][1] - one["data_offsets"][0],
+        )
+        for key, one in header.items()
+        if key != "__metadata__"
+    ]  # fmt: skip
+    return sorted(entries, key=lambda entry: entry.start)
+
+
+def header_digest(entries: Sequence[Entry]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and sizes of all tensors, however they are spread over files."""
+    digest = hashlib.sha256()
+    for entry in sorted(entries, key=lambda one: one.key):
+        digest.update(json.dumps([entry.key, entry.dtype, entry.shape, entry.size]).encode())
+    return digest.hexdigest()
+
+
+def read_config(directory: Path) -> Mapping[str, Any] | None:
+    """Return ``config.json``, None where there is none; raises :class:`ModelError` for one that is damaged."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object, found {type(config).__name__}")
+    return config

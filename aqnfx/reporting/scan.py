@@ -1,0 +1,148 @@
+"""A scan in the terminal and as files: ``scan.json`` and a short ``scan.md``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aqnfx.diagnosis.scan import Scan
+from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
+from aqnfx.reporting.artifacts import check_output_dir, write_json, write_text
+from aqnfx.reporting.markdown import table
+from aqnfx.reporting.text import MISSING, flatten, percent
+from aqnfx.reporting.text import escape_markdown as md
+
+FILES = {"scan": "scan.json", "markdown": "scan.md"}
+WORST, REMARKS = 10, 3
+_STYLE = {"critical": "bold red", "recommended": "yellow", "optional": "cyan", "skip": "green"}
+_DECISION = (
+    "Classes of training noise, by SQNR: below 18 dB critical; 18 to 20 dB with more than 10 % of the values in the dead"
+    " zone recommended; 18 to 22 dB otherwise optional; above 22 dB skip. SQNR counts every value alike: it does not say how"
+    " much the model depends on a weight."
+)
+
+
+def save_scan(scan: Scan, directory: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write ``scan.json`` and ``scan.md`` into a directory, made where it is missing, and return their paths.
+
+    Each file is replaced as a whole. Raises :class:`InputError` when the directory is not writable.
+    """
+    place = check_output_dir(directory)
+    return {
+        "scan": write_json(place / FILES["scan"], scan.to_record()),
+        "markdown": write_text(place / FILES["markdown"], scan_markdown(scan)),
+    }
+
+
+def print_scan(scan: Scan, console: Console) -> None:
+    """Print a row per format, the worst weights, remarks and what it took; names are never read as rich markup."""
+    console.print(Text(f"Formats for the weights of {scan.model['name']}", style="bold"))
+    console.print()
+    console.print(_formats(scan))
+    console.print(_worst(scan))
+    for line in [*scan.notes, *_remarks(scan)]:
+        console.print(Text(line))
+    console.print(Text(f"{_DECISION} {_cost(scan)}"))
+
+
+def _formats(scan: Scan) -> Table:
+    grid = _table("Formats: SQNR in dB, and number of weights by class of training noise")
+    grid.add_column("Format", overflow="fold", min_width=8)
+    for heading in ("Bits", "Median", "Worst", *CLASSES):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for name, summary in scan.summary.items():
+        counts = [Text(str(summary["classes"][kind]), style=_STYLE[kind]) for kind in CLASSES]
+        grid.add_row(
+            Text(name), f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(summary["median_sqnr_db"])),
+            _decibel(summary["worst"]["sqnr_db"]), *counts,
+        )  # fmt: skip
+    return grid
+
+
+def _worst(scan: Scan) -> Table:
+    """Return the weights with the lowest SQNR in any format, and what may explain it."""
+    lowest = {module: min(map(sqnr_or_infinity, records.values())) for module, records in scan.weights.items()}
+    modules = sorted(lowest, key=lambda module: (lowest[module], module))[:WORST]
+    grid = _table(f"The {len(modules)} worst of {len(lowest)} weights, by their lowest SQNR in dB")
+    grid.add_column("Weight", overflow="fold", ratio=1, min_width=20)
+    for heading in (*scan.formats, "Outliers", "Kurtosis"):
+        grid.add_column(Text(heading), justify="right", overflow="fold")
+    for module in modules:
+        records, facts = scan.weights[module], scan.weight_facts[module]
+        cells = [Text(_decibel(records[name]["sqnr_db"]), style=_STYLE[records[name]["class"]]) for name in scan.formats]
+        grid.add_row(Text(module), *cells, _factor(facts["outlier_ratio"]), _factor(facts["kurtosis"]))
+    return grid
+
+
+def _remarks(scan: Scan) -> list[str]:
+    """Return the first notes on weights that rank otherwise by relative error, and how many others there are."""
+    notes = [row["note"] for rows in scan.ranking.values() for row in rows if "note" in row]
+    more = len(notes) - REMARKS
+    return notes[:REMARKS] + ([f"{more} more weights rank far otherwise by relative error: see the ranking."] if more > 0 else [])
+
+
+def _cost(scan: Scan) -> str:
+    found = scan.provenance
+    memory = found["peak_memory_mib"]
+    return (
+        f"Read {found['weights']} weights, {found['elements'] / 1e6:.1f} M values, in {found['seconds']:.1f} s:"
+        f" {found['gb_per_second']:.3g} GB/s{'' if memory is None else f', with at most {memory:.0f} MiB of memory'}."
+    )
+
+
+def scan_markdown(scan: Scan) -> str:
+    """Return a scan as GitHub Markdown, ending in a new line; names from outside are escaped."""
+    header = ("Format", "Bits per value", "Median SQNR, dB", "Worst SQNR, dB", "Worst weight", *CLASSES)
+    rows = [
+        (
+            name, f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(found["median_sqnr_db"])),
+            _decibel(found["worst"]["sqnr_db"]), found["worst"]["module"], *(found["classes"][kind] for kind in CLASSES),
+        )
+        for name, found in scan.summary.items()
+    ]  # fmt: skip
+    lines = [
+        f"# Formats for the weights of {md(scan.model['name'])}", "",
+        *table(header, rows, right=(1, 2, 3, *range(5, 5 + len(CLASSES)))), "", md(_DECISION),
+    ]  # fmt: skip
+    for name, ranking in scan.ranking.items():
+        lines += ["", f"## {md(name)}: the worst weights", "", *_ranking(scan, name, ranking[:WORST])]
+    for note in [*scan.notes, *_remarks(scan)]:
+        lines += ["", f"> {md(note)}"]
+    lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": scan.model} | scan.provenance))]
+    return "\n".join([*lines, "", md(_cost(scan))]) + "\n"
+
+
+def _ranking(scan: Scan, name: str, ranking: list[dict[str, Any]]) -> list[str]:
+    header = ("#", "Weight", "SQNR, dB", "Dead zone", "Saturation", "Relative error", "Outliers", "Kurtosis", "Class", "σ")
+    rows = []
+    for row in ranking:
+        record, facts = scan.weights[row["module"]][name], scan.weight_facts[row["module"]]
+        sigma = "none" if record["sigma"] is None else " to ".join(f"{value:g}" for value in record["sigma"])
+        rows.append((
+            row["rank"], row["module"], _decibel(record["sqnr_db"]), percent(record["dead_zone"]),
+            percent(record["saturation"]), percent(record["relative_error"]), _factor(facts["outlier_ratio"]),
+            _factor(facts["kurtosis"]), record["class"], sigma,
+        ))  # fmt: skip
+    return table(header, rows, right=(0, 2, 3, 4, 5, 6, 7))
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) != float("inf") else None
+
+
+def _decibel(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _factor(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
