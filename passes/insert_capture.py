@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import Node
 
 from aqnfx.errors import PassError
 from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT, CAPTURING
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
+from aqnfx.graph.samples import attention_mask, covers
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.capture import new_buffers
 from aqnfx.numerics.perturbations import perturbation
@@ -57,16 +57,16 @@ class InsertCapture(Pass):
     def run(self, program: Program) -> None:
         """Insert the nodes and register the accumulators."""
         places, module = program.places, program.module
-        chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=False, operands=True)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        mask, shapes = _attention_mask(program)
+        mask, shapes = attention_mask(program.graph, program.signature.tensor_names)
         for index, site in enumerate(chosen):
             place = places[site.id]
             value = tensor_value(place.value)
             assert value is not None  # a site is a node with one tensor
             dim = place.channel_dim if value.dim() else -1
             width = static_size(value.shape[dim]) if value.dim() else 1
-            covered = mask if any(_covers(shape, value) for shape in shapes) else None
+            covered = mask if any(covers(shape, value) for shape in shapes) else None
             new = new_buffers(width if isinstance(width, int) else 1) if self.values else ()
             named = dict(zip(("channels", "totals"), new, strict=False))
             if self.gradients:
@@ -83,32 +83,3 @@ class InsertCapture(Pass):
             if self.gradients:
                 args = (covered, buffers["gradients"])
                 insert_at(place, CAPTURE_GRADIENT, args, inserted_by=self.name, reroute=True)
-
-
-def _attention_mask(program: Program) -> tuple[Node | None, list[torch.Size]]:
-    """Return the input ``attention_mask``, if there is one of two dimensions, and the sizes of what it describes.
-
-    These are the sizes of ``input_ids`` too: a model that only broadcasts its mask leaves the two batches unrelated.
-    """
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
-    named = dict(zip(program.signature.tensor_names, inputs, strict=True))
-    shapes = [n.meta["val"].shape for name in ("attention_mask", "input_ids") if (n := named.get(name)) is not None]
-    found = [shape for shape in shapes if len(shape) == 2]
-    node = named.get("attention_mask")
-    return (node, found) if node is not None and node.meta["val"].dim() == 2 else (None, [])
-
-
-def _covers(positions: torch.Size, value: torch.Tensor) -> bool:
-    """Return whether ``value`` begins with the sizes (batch, sequence), or with their product where it has two."""
-    batch, sequence = positions
-    if value.dim() >= 2 and _same(value.shape[0], batch) and _same(value.shape[1], sequence):
-        return True
-    return value.dim() == 2 and _same(value.shape[0], batch * sequence)
-
-
-def _same(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Return whether two sizes are equal for every input: no guard is added, as a comparison of symbols would."""
-    first, second = static_size(size), static_size(other)
-    if isinstance(first, int) or isinstance(second, int):
-        return isinstance(first, int) and isinstance(second, int) and first == second
-    return bool(first.node.expr == second.node.expr)

@@ -67,7 +67,7 @@ class InsertScore(Pass):
     def run(self, program: Program) -> None:
         """Insert the nodes and register the accumulators; a fixed perturbation has no cost per channel."""
         places, module = program.places, program.module
-        chosen = select_or_raise(self.name, self.where, program, allow_empty=False)
+        chosen = select_or_raise(self.name, self.where, program, allow_empty=False, operands=True)
         parameters = [n for n in program.graph.nodes if self.weights and _is_parameter(module, n)]
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         count, names = len(chosen) + len(parameters), self.perturbations

@@ -18,6 +18,7 @@ BUILTIN = {
     "insert-fake-quant": "aqnfx.passes.insert_fake_quant:InsertFakeQuant",
     "insert-score": "aqnfx.passes.insert_score:InsertScore",
     "insert-capture": "aqnfx.passes.insert_capture:InsertCapture",
+    "insert-scan": "aqnfx.passes.insert_scan:InsertScan",
     "partition-blocks": "aqnfx.passes.partition_blocks:PartitionBlocks",
     "lower-ops": "aqnfx.passes.lower_ops:LowerOps",
     "strip": "aqnfx.passes.strip:Strip",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, Node
 
@@ -37,3 +39,34 @@ def sample_count(value: torch.Tensor, batch: Node | int) -> Node | int:
         return 0
     quotient = rows.node.expr / size.node.expr
     return batch if quotient.is_integer else 0
+
+
+def attention_mask(graph: Graph, names: Sequence[str]) -> tuple[Node | None, list[torch.Size]]:
+    """Return the input ``attention_mask``, if there is one of two dimensions, and the sizes of what it describes.
+
+    ``names`` are those of the graph's inputs.
+
+    These are the sizes of ``input_ids`` too: a model that only broadcasts its mask leaves the two batches unrelated.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    named = dict(zip(names, inputs, strict=True))
+    shapes = [n.meta["val"].shape for name in ("attention_mask", "input_ids") if (n := named.get(name)) is not None]
+    found = [shape for shape in shapes if len(shape) == 2]
+    node = named.get("attention_mask")
+    return (node, found) if node is not None and node.meta["val"].dim() == 2 else (None, [])
+
+
+def covers(positions: torch.Size, value: torch.Tensor) -> bool:
+    """Return whether ``value`` begins with the sizes (batch, sequence), or with their product where it has two."""
+    batch, sequence = positions
+    if value.dim() >= 2 and _same(value.shape[0], batch) and _same(value.shape[1], sequence):
+        return True
+    return value.dim() == 2 and _same(value.shape[0], batch * sequence)
+
+
+def _same(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Return whether two sizes are equal for every input: no guard is added, as a comparison of symbols would."""
+    first, second = static_size(size), static_size(other)
+    if isinstance(first, int) or isinstance(second, int):
+        return isinstance(first, int) and isinstance(second, int) and first == second
+    return bool(first.node.expr == second.node.expr)

@@ -59,7 +59,7 @@ def accumulate(
         return (values.movedim(channel_dim, -1) if width > 1 and values.dim() else values).reshape(-1, width)
 
     rows, there = table(y), channels.device
-    dropped = None if mask is None else _dropped(mask, y, len(rows))
+    dropped = None if mask is None else dropped_rows(mask, y, len(rows))
     # Of the whole value at once: a perturbation may depend on more than one element.
     delta = table(declared(perturbation)(y, dim, channel_dim)) if perturbation else None
     step = max(1, _CHUNK // width)
@@ -85,7 +85,7 @@ def accumulate(
         channels[ZEROS] -= gone
 
 
-def _dropped(mask: Tensor, y: Tensor, rows: int) -> Tensor:
+def dropped_rows(mask: Tensor, y: Tensor, rows: int) -> Tensor:
     """Return which of the rows do not count, bool (rows, 1)."""
     if y.shape[:2] != mask.shape and y.shape[:1] != (mask.numel(),):
         raise InputError(
@@ -127,7 +127,7 @@ def accumulate_gradient(grad: Tensor, mask: Tensor | None, gradients: Tensor) ->
     square = torch.linalg.vector_norm(rows, dim=-1).double().square_()
     counted = float(len(rows))
     if mask is not None:
-        dropped = _dropped(mask, grad, len(rows)).squeeze(1)
+        dropped = dropped_rows(mask, grad, len(rows)).squeeze(1)
         magnitude.masked_fill_(dropped, 0.0)
         square.masked_fill_(dropped, 0.0)
         gradients[GRADIENT_COUNT] -= (dropped.sum() * width).to(gradients.device)

@@ -49,6 +49,7 @@ SPECS = [
     ("tag-layers,tag-ops,insert-fake-quant", "lower-ops"),
     ("tag-layers,tag-ops", 'insert-accumulation{where="ops:core" element=fp16 every=4 controls=true}'),
     ("tag-layers,tag-ops,insert-accumulation", "lower-ops"),
+    ("tag-layers,tag-ops", 'insert-scan{where="ops:core,roles:input|key" formats=mxfp4|int8:channel|int8:tensor}'),
 ]  # fmt: skip
 
 

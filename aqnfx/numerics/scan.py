@@ -1,0 +1,94 @@
+"""``aqnfx::scan``: what number formats do to a value as it comes, and its range, in accumulators; nothing is stored."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.numerics.capture import dropped_rows
+from aqnfx.numerics.format_stats import ERROR_SUMS, format_sums
+from aqnfx.numerics.formats import parse_format
+
+# Entries of the buffer ``moments``: number of values, Σx to Σx⁴, number of rows.
+COUNT, FIRST, SECOND, THIRD, FOURTH, ROWS = range(6)
+
+
+def new_buffers(formats: int, channels: int) -> dict[str, Tensor]:
+    """Return accumulators that have counted nothing, for a number of ``formats`` and of ``channels``, fp64.
+
+    ``sums`` (formats, 7), see :func:`~aqnfx.numerics.format_stats.format_sums`; ``moments`` (6,); ``extremes`` (2,), the
+    least and the largest value; ``magnitude`` (channels,), Σ|x| of each.
+    """
+    return {
+        "sums": torch.zeros(formats, ERROR_SUMS, dtype=torch.float64),
+        "moments": torch.zeros(6, dtype=torch.float64),
+        "extremes": torch.tensor([math.inf, -math.inf], dtype=torch.float64),
+        "magnitude": torch.zeros(channels, dtype=torch.float64),
+    }
+
+
+def accumulate(
+    x: Tensor, mask: Tensor | None, sums: Tensor, moments: Tensor, extremes: Tensor, magnitude: Tensor,
+    formats: list[str], dim: int, channel_dim: int,
+) -> None:  # fmt: skip
+    """Add what ``x`` holds, and what each of ``formats`` would make of it, to the accumulators, in place.
+
+    ``dim`` and ``channel_dim`` are those of :func:`~aqnfx.numerics.formats.quantize`. ``mask`` (B, S): positions where it is
+    0 do not count, and take no part in a scale; ``x`` then is (B, S, …) or (B·S, …) with its channels last.
+    """
+    x = x.detach()
+    rows = (x.movedim(channel_dim, -1) if x.dim() else x).reshape(-1, magnitude.shape[0])
+    along = (x.movedim(dim, -1) if x.dim() else x).reshape(-1, x.shape[dim] if x.dim() else 1)
+    if mask is not None:
+        rows = along = rows[~dropped_rows(mask, x, len(rows)).squeeze(1)]
+    if rows.numel() == 0:
+        return
+    there, wide = sums.device, rows.double()
+    square = wide * wide
+    parts = (wide.sum(), square.sum(), (square * wide).sum(), (square * square).sum())
+    counted = wide.new_tensor([rows.numel()]), torch.stack(parts), wide.new_tensor([len(rows)])
+    moments += torch.cat(counted).to(there)
+    magnitude += wide.abs().sum(0).to(there)
+    low, high = rows.amin(), rows.amax()
+    extremes[0] = torch.minimum(extremes[0], low.double().to(there))
+    extremes[1] = torch.maximum(extremes[1], high.double().to(there))
+    for number, name in enumerate(formats):
+        fmt = parse_format(name)
+        table = rows.t() if fmt.grouping == "channel" else along
+        sums[number] += format_sums(table, fmt, (low, high) if fmt.static else None).to(there)
+
+
+@torch.library.custom_op("aqnfx::scan", mutates_args=("sums", "moments", "extremes", "magnitude"))
+def scan(
+    x: Tensor, mask: Tensor | None, sums: Tensor, moments: Tensor, extremes: Tensor, magnitude: Tensor,
+    formats: str, dim: int = -1, channel_dim: int = -1,
+) -> None:  # fmt: skip
+    """See :func:`accumulate`; ``formats`` are joined by ``|``. Like ``aqnfx::capture`` it has no output."""
+    accumulate(x, mask, sums, moments, extremes, magnitude, formats.split("|"), dim, channel_dim)
+
+
+@scan.register_fake
+def _(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return None
+
+
+def facts(moments: Tensor, extremes: Tensor, magnitude: Tensor) -> dict[str, Any]:
+    """Return ``elements``, ``low``, ``high``, ``max`` (magnitude), ``rms``, ``kurtosis`` and ``outlier_ratio`` of what was added.
+
+    ``kurtosis``: fourth central moment / variance², 3 for a normal distribution. ``outlier_ratio``: largest mean
+    magnitude of a channel / that of the median channel. None where there is nothing to divide by.
+    """
+    count = float(moments[COUNT])
+    one, two, three, four = (float(moments[i]) / count for i in (FIRST, SECOND, THIRD, FOURTH))
+    variance = two - one * one
+    fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
+    low, high = (float(value) for value in extremes)
+    median = float(magnitude.median())
+    return {
+        "elements": int(count), "low": low, "high": high, "max": max(-low, high), "rms": math.sqrt(two),
+        "kurtosis": fourth / variance**2 if variance > 1e-14 * two else None,
+        "outlier_ratio": float(magnitude.max()) / median if median > 0.0 else None,
+    }  # fmt: skip
