@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,24 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *rows])
 
 
-def flags_table() -> str:
-    """Return the table of ``aqnfx diagnose``'s arguments, from the command itself."""
+def flags_table(name: str) -> str:
+    """Return the table of a command's arguments, from the command itself."""
     import typer
 
     from aqnfx.cli.main import app
 
     command: Any = typer.main.get_command(app)
     rows = []
-    for parameter in command.commands["diagnose"].params:
-        flag = parameter.param_type_name == "argument"
-        name = parameter.name.upper() if flag else " / ".join([*parameter.opts, *parameter.secondary_opts])
+    for parameter in command.commands[name].params:
+        argument = parameter.param_type_name == "argument"
+        flag = parameter.name.upper() if argument else " / ".join([*parameter.opts, *parameter.secondary_opts])
         if parameter.required:
             default = "(required)"
         elif parameter.default is None or parameter.default is False:
             default = ""
         else:
             default = f"`{parameter.default}`" if parameter.default is not True else "on"
-        rows.append((f"`{name}`", default, parameter.help.replace("|", "\\|")))
+        rows.append((f"`{flag}`", default, parameter.help.replace("|", "\\|")))
     return table(("Flag", "Default", "Meaning"), rows)
 
 
@@ -78,7 +79,11 @@ def _default(value: Any) -> str:
     return format_option(str(value) if isinstance(value, str) else value)
 
 
-GENERATED = {"diagnose-flags": ("docs/guide.md", flags_table), "passes": ("docs/passes.md", passes_table)}
+GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
+    "diagnose-flags": ("docs/guide.md", lambda: flags_table("diagnose")),
+    "scan-flags": ("docs/formats.md", lambda: flags_table("scan")),
+    "passes": ("docs/passes.md", passes_table),
+}
 
 
 @pytest.mark.parametrize("name", GENERATED)

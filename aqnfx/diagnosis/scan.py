@@ -73,6 +73,8 @@ def scan(
     :func:`~aqnfx.probes.checkpoint_weights.open_checkpoint`) and for values that are not finite.
     """
     began = time.perf_counter()
+    if chunk < 1:
+        raise InputError(f"scan: chunk {chunk} must be 1 or more values")
     wanted = _formats(formats)
     checkpoint = open_checkpoint(str(model))
     engine = _Engine(wanted, _compiled(compile, checkpoint, wanted), required=compile == "yes", chunk=chunk)
@@ -148,9 +150,7 @@ class _Engine:
         """Return the records of a weight per format and its facts; ``tell`` hears how many of its bytes were read."""
         read, bounds, size = 0, None, weight.dtype.itemsize
         if any(fmt.static for fmt in self.formats.values()):
-            bounds = value_range(weight, self._chunk)
-            for end in bounds:
-                _finite(float(end), weight)
+            bounds = value_range(weight, self._chunk)  # not finite where a value is not: the second reading finds it
             tell(read := weight.entry.size)
         values = ValueStatistics(weight.stack * weight.rows)
         sums = {name: torch.zeros(ERROR_SUMS, dtype=torch.float64) for name in self.formats}

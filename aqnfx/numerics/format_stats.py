@@ -93,15 +93,13 @@ def _groups(x: Tensor, fmt: Format) -> Tensor:
 
 @functools.cache
 def _kernel(function: Callable[..., Any], key: str) -> Callable[..., Any]:
-    """Return ``function`` compiled, a kernel for each ``key``; dynamic is what the caller marked, and nothing else.
+    """Return ``function`` compiled, a kernel for each ``key``; a copy of the code for each, as Dynamo counts by code.
 
-    A copy of the code object with a name of its own for each: Dynamo keeps by code object what it has seen, and would
-    make the constants of a format variables once another format had others, which is slow, and wrong in its shifts.
+    Only the sizes that a caller marked vary. Left to itself, Dynamo makes the constants of a format variables once it has
+    seen those of another, and Inductor then computes the mask of a rounded mantissa wrongly (torch 2.13).
     """
     assert isinstance(function, types.FunctionType)
-    name = f"{function.__name__}_{key}"
-    code = function.__code__.replace(co_name=name, co_qualname=name)
-    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__)
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(copy, fullgraph=True, dynamic=False)
 
 

@@ -90,18 +90,18 @@ def sqnr(x: torch.Tensor, q: torch.Tensor) -> Any:
 
 
 def test_the_record_has_a_place_for_everything(tmp_path: Path) -> None:
-    made = scan(str(save(tmp_path / "m", tensors())), "mxfp4, INT8 ,int4:g48")
+    made = scan(str(save(tmp_path / "m", tensors())), "mxfp4, INT8 ,int4:g64")
     record = made.to_record()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert record["schema"] == SCHEMA == "aqnfx.scan/1"
-    assert list(record["formats"]) == ["mxfp4", "int8", "int4:g48"]
+    assert list(record["formats"]) == ["mxfp4", "int8", "int4:g64"]
     assert record["formats"]["int8"]["name"] == "int8:row"
     assert record["formats"]["mxfp4"]["bits"] > 4.25  # blocks that end early have a scale too
-    assert record["formats"]["int4:g48"]["partial_blocks"] == 4
+    assert record["formats"]["int4:g64"]["partial_blocks"] == 2
     assert record["activations"] == {}
     names = {"model.embed_tokens", "model.layers.0.q_proj", "model.layers.0.down_proj", "model.layers.0.conv"}
     assert set(record["weights"]) == set(record["weight_facts"]) == names
-    assert set(record["weights"]["model.embed_tokens"]) == {"mxfp4", "int8", "int4:g48"}
+    assert set(record["weights"]["model.embed_tokens"]) == {"mxfp4", "int8", "int4:g64"}
     facts = record["weight_facts"]["model.layers.0.down_proj"]
     assert (facts["shape"], facts["dtype"], facts["elements"], facts["transposed"]) == ([50, 77], "bfloat16", 3850, False)
     assert facts["outlier_ratio"] == pytest.approx(30, rel=0.3)
@@ -115,7 +115,7 @@ def test_the_record_has_a_place_for_everything(tmp_path: Path) -> None:
     assert provenance["bytes"] == 2 * provenance["elements"] == 2 * (200 * 64 + 64 * 64 + 3850 + 96)
     assert {"aqnfx", "torch", "transformers", "seconds", "gb_per_second", "peak_memory_mib"} <= set(provenance)
     assert any("1 vectors and scalars" in note for note in record["notes"])
-    assert any(note.startswith("int4:g48: 4 of 4 weights") for note in record["notes"])
+    assert any(note.startswith("int4:g64: 2 of 4 weights") for note in record["notes"])
     for name, ranking in record["ranking"].items():
         assert [row["rank"] for row in ranking] == [1, 2, 3, 4]
         values = [record["weights"][row["module"]][name]["sqnr_db"] for row in ranking]

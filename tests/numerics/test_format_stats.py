@@ -120,6 +120,14 @@ def test_saturation_counts_what_exceeds_the_range_of_its_scale(name: str, values
     assert record(x, name)["saturation"] == beyond / len(values)
 
 
+def test_the_rounding_of_an_fp32_scale_is_no_saturation() -> None:
+    x = gaussian(2000, 16)
+    largest = x.abs().amax(1)
+    assert bool((largest / 127.0 * 127.0 < largest).any())  # by an ulp
+    assert record(x, "int8")["saturation"] == 0.0
+    assert record(x, "int8:row:bf16")["saturation"] > 0.01
+
+
 def test_a_zero_point_that_is_rounded_cuts_off_one_end() -> None:
     x = torch.tensor([[-0.4, 2.7, 1.0, 0.0]])  # a step of 3.1/15, so the zero point 1.94 becomes 2: the largest is 13 steps
     assert record(x, "int4:asym")["saturation"] == 0.25
