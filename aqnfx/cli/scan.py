@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
+
+from aqnfx.errors import InputError
 
 
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory with safetensors, cached hub id, or tinygsm."),
     formats: str = typer.Option("mxfp4,nvfp4,int8", "--formats", help="Number formats, with commas: mxfp4,int4:g128,…"),
+    data: Path = typer.Option(None, "--data", help="JSON lines, parquet or plain text: scan activations too."),
+    samples: int = typer.Option(None, help="Samples of the data (default: 32)."),
+    batch_size: int = typer.Option(None, help="Samples per forward pass (default: 8)."),
+    max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
+    text_field: str = typer.Option(None, help="Field that holds the text of a record."),
+    device: str = typer.Option(None, help="Device that the data is run on (default: cpu)."),
+    dtype: str = typer.Option(None, help="What the model is loaded in for the data (default: float32)."),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     out: Path = typer.Option(None, "--out", help="Directory for scan.json and scan.md (default: the tables only)."),
     json_output: bool = typer.Option(False, "--json", help="Print the record as JSON and nothing else."),
 ) -> None:
-    """Read every weight of a checkpoint and print the error that number formats make, without loading the model."""
+    """Read every weight of a checkpoint and print the error that number formats make; with --data of activations too."""
     import json
+    import warnings
 
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from aqnfx.cli.session import keep_freed_memory, output_directory
     from aqnfx.diagnosis.scan import scan
@@ -26,15 +44,26 @@ def command(
 
     keep_freed_memory()
     console = Console(stderr=json_output)
+    about_data = dict(
+        samples=samples, batch_size=batch_size, max_length=max_length, text_field=text_field, device=device, dtype=dtype
+    )
+    given: dict[str, Any] = {name: value for name, value in about_data.items() if value is not None}
+    if data is None and given:
+        raise InputError(f"--{next(iter(given)).replace('_', '-')} is about data, and there is none; add --data FILE")
+    if data is not None:
+        if not data.exists():
+            raise InputError(f"data file {data} does not exist")
+        given = {"data": data, "samples": 32, "batch_size": 8} | given
+        warnings.filterwarnings("ignore", module="torch|transformers")
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
     with output_directory(out), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("scanning", total=None)
         found = scan(
-            model, formats, compile=compile_mode,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            model, formats, compile=compile_mode, status=lambda text: bar.reset(task, description=text, total=None),
+            progress=lambda done, total: bar.update(task, completed=done, total=total), **given,
         )  # fmt: skip
     paths = save_scan(found, out) if out is not None else {}
     if json_output:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import aqnfx
+from aqnfx.diagnosis.prepare import Data
+from aqnfx.diagnosis.scan_activations import Activations, measure_activations
 from aqnfx.diagnosis.scan_findings import decide, rank, summarise
 from aqnfx.diagnosis.sensitivity import jsonable
 from aqnfx.errors import InputError, ModelError
@@ -39,8 +41,10 @@ class Scan:
     ``formats``: the texts that were asked for -> canonical name, bits. ``weights``: module -> format -> statistics of the
     error (:func:`~aqnfx.numerics.format_stats.error_record`) with ``class`` and ``sigma``
     (:func:`~aqnfx.diagnosis.scan_findings.decide`). ``weight_facts``: module -> what is true of it in every format.
-    ``activations``: as ``weights``, per site; empty in a scan of weights alone. ``ranking``: format -> modules, lowest
-    SQNR first. ``summary``: format -> median, worst, number per class.
+    ``ranking``: format -> modules, lowest SQNR first. ``summary``: format -> median, worst, number per class.
+    ``activations``, ``activation_facts``, ``activation_ranking`` and ``activation_summary`` are the same of the inputs of
+    products and of keys and values, by module where it has one of them, else by site id; empty in a scan without data.
+    ``ranges``: site id -> [least, largest] value seen, what ``insert-fake-quant{calibration=…}`` reads.
     """
 
     model: dict[str, Any]
@@ -49,7 +53,11 @@ class Scan:
     weight_facts: dict[str, dict[str, Any]]
     ranking: dict[str, list[dict[str, Any]]]
     summary: dict[str, dict[str, Any]]
-    activations: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    activation_facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    activation_ranking: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    activation_summary: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranges: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -60,15 +68,18 @@ class Scan:
 
 
 def scan(
-    model: str | Path, formats: str | Sequence[str], *, progress: Progress | None = None, compile: str = "auto",
-    chunk: int = CHUNK,
+    model: str | Path, formats: str | Sequence[str], *, data: Data | None = None, progress: Progress | None = None,
+    compile: str = "auto", chunk: int = CHUNK, status: Callable[[str], None] | None = None, **options: Any,
 ) -> Scan:  # fmt: skip
-    """Measure per weight and format what storing the weight in that format changes.
+    """Measure per weight and format what storing the weight in that format changes; with ``data`` also for activations.
 
     ``model`` is a local Hugging Face directory with safetensors, a hub id that is in the local cache, or ``"tinygsm"``;
     ``formats`` are texts of :func:`~aqnfx.numerics.formats.parse_format`, a list or one text with commas. Weights are
     read ``chunk`` values at a time, twice where a format has a scale of the whole tensor. ``progress(done, total)`` is
-    told bytes. ``compile``: "auto", "yes" or "no"; counts are the same, sums agree to about 1e-11. Raises
+    told bytes. ``data`` (as for :func:`~aqnfx.diagnosis.diagnose.diagnose`) is run through the model once before that,
+    with progress in batches, for the inputs of products and for keys and values; ``options`` are then those of
+    :func:`~aqnfx.diagnosis.scan_activations.measure_activations`. ``status(text)`` hears which half runs. ``compile``:
+    "auto", "yes" or "no"; counts are the same, sums agree to about 1e-11. Raises
     :class:`InputError` for formats, :class:`ModelError` for checkpoints that cannot be scanned (see
     :func:`~aqnfx.probes.checkpoint_weights.open_checkpoint`) and for values that are not finite.
     """
@@ -77,6 +88,13 @@ def scan(
         raise InputError(f"scan: chunk {chunk} must be 1 or more values")
     wanted = _formats(formats)
     checkpoint = open_checkpoint(str(model))
+    if options and data is None:
+        raise InputError(f"scan: {', '.join(options)} are about data, and no data was given")
+    tell_status = status or (lambda _text: None)
+    tell_status("activations")
+    found = None if data is None else measure_activations(str(model), data, wanted, progress=progress, **options)
+    tell_status("weights")
+    between = time.perf_counter()
     engine = _Engine(wanted, _compiled(compile, checkpoint, wanted), required=compile == "yes", chunk=chunk)
     readings = 2 if any(fmt.static for fmt in wanted.values()) else 1
     total, done = sum(weight.entry.size for weight in checkpoint.weights), 0
@@ -89,20 +107,29 @@ def scan(
 
         weights[weight.module], facts[weight.module] = engine.measure(weight, tell)
         done += weight.entry.size
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - between
     ranking = {name: rank(weights, name) for name in wanted}
+    activations = found or Activations(records={}, facts={}, ranges={})
+    decided = {
+        key: {name: record | decide(record) for name, record in records.items()}
+        for key, records in activations.records.items()
+    }
+    places = {name: rank(decided, name) for name in wanted} if decided else {}
     return Scan(
         model={"name": checkpoint.name, "model_type": checkpoint.model_type, "digest": checkpoint.digest},
         formats={name: _describe(fmt, checkpoint.weights) for name, fmt in wanted.items()},
         weights=weights, weight_facts=facts, ranking=ranking,
         summary={name: summarise(weights, name, ranking[name]) for name in wanted},
-        notes=[*checkpoint.notes, *_notes(checkpoint, wanted), *engine.notes],
+        activations=decided, activation_facts=activations.facts, activation_ranking=places,
+        activation_summary={name: summarise(decided, name, places[name]) for name in places}, ranges=activations.ranges,
+        notes=[*checkpoint.notes, *_notes(checkpoint, wanted), *engine.notes, *activations.notes],
         provenance={
             **{name: version(name) for name in ("torch", "transformers", "safetensors")}, "aqnfx": aqnfx.__version__,
             "digest_of": "names, dtypes, shapes and sizes of all tensors; not their values", "compile": engine.compiled,
             "weights": len(weights), "elements": sum(weight.elements for weight in checkpoint.weights), "bytes": total,
             "skipped": dict(checkpoint.skipped), "seconds": seconds, "gb_per_second": total / seconds / 1e9,
             "peak_memory_mib": peak_memory_mib("cpu"),
+            **({} if found is None else {"data": activations.provenance, "data_seconds": between - began}),
         },
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from aqnfx.reporting.text import escape_markdown as md
 
 FILES = {"scan": "scan.json", "markdown": "scan.md"}
 WORST, REMARKS = 10, 3
+Records = dict[str, dict[str, dict[str, Any]]]
 _STYLE = {"critical": "bold red", "recommended": "yellow", "optional": "cyan", "skip": "green"}
 _DECISION = (
     "Classes of training noise, by SQNR: below 18 dB critical; 18 to 20 dB with more than 10 % of the values in the dead"
@@ -44,19 +45,23 @@ def print_scan(scan: Scan, console: Console) -> None:
     """Print a row per format, the worst weights, remarks and what it took; names are never read as rich markup."""
     console.print(Text(f"Formats for the weights of {scan.model['name']}", style="bold"))
     console.print()
-    console.print(_formats(scan))
-    console.print(_worst(scan))
+    console.print(_formats("Formats: SQNR in dB, and number of weights by class of training noise", scan, scan.summary))
+    console.print(_worst("weights", scan, scan.weights, scan.weight_facts))
+    if scan.activations:
+        title = "Activations: SQNR in dB, and number of sites by class"
+        console.print(_formats(title, scan, scan.activation_summary))
+        console.print(_worst("activations", scan, scan.activations, scan.activation_facts))
     for line in [*scan.notes, *_remarks(scan)]:
         console.print(Text(line))
     console.print(Text(f"{_DECISION} {_cost(scan)}"))
 
 
-def _formats(scan: Scan) -> Table:
-    grid = _table("Formats: SQNR in dB, and number of weights by class of training noise")
+def _formats(title: str, scan: Scan, summaries: dict[str, dict[str, Any]]) -> Table:
+    grid = _table(title)
     grid.add_column("Format", overflow="fold", min_width=8)
     for heading in ("Bits", "Median", "Worst", *CLASSES):
         grid.add_column(heading, justify="right", no_wrap=True)
-    for name, summary in scan.summary.items():
+    for name, summary in summaries.items():
         counts = [Text(str(summary["classes"][kind]), style=_STYLE[kind]) for kind in CLASSES]
         grid.add_row(
             Text(name), f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(summary["median_sqnr_db"])),
@@ -65,16 +70,16 @@ def _formats(scan: Scan) -> Table:
     return grid
 
 
-def _worst(scan: Scan) -> Table:
-    """Return the weights with the lowest SQNR in any format, and what may explain it."""
-    lowest = {module: min(map(sqnr_or_infinity, records.values())) for module, records in scan.weights.items()}
+def _worst(what: str, scan: Scan, records_of: Records, about: dict[str, dict[str, Any]]) -> Table:
+    """Return the weights (or activations) with the lowest SQNR in any format, and what may explain it."""
+    lowest = {module: min(map(sqnr_or_infinity, records.values())) for module, records in records_of.items()}
     modules = sorted(lowest, key=lambda module: (lowest[module], module))[:WORST]
-    grid = _table(f"The {len(modules)} worst of {len(lowest)} weights, by their lowest SQNR in dB")
-    grid.add_column("Weight", overflow="fold", ratio=1, min_width=20)
+    grid = _table(f"The {len(modules)} worst of {len(lowest)} {what}, by their lowest SQNR in dB")
+    grid.add_column("Module" if what == "activations" else "Weight", overflow="fold", ratio=1, min_width=20)
     for heading in (*scan.formats, "Outliers", "Kurtosis"):
         grid.add_column(Text(heading), justify="right", overflow="fold")
     for module in modules:
-        records, facts = scan.weights[module], scan.weight_facts[module]
+        records, facts = records_of[module], about[module]
         cells = [Text(_decibel(records[name]["sqnr_db"]), style=_STYLE[records[name]["class"]]) for name in scan.formats]
         grid.add_row(Text(module), *cells, _factor(facts["outlier_ratio"]), _factor(facts["kurtosis"]))
     return grid
@@ -82,9 +87,10 @@ def _worst(scan: Scan) -> Table:
 
 def _remarks(scan: Scan) -> list[str]:
     """Return the first notes on weights that rank otherwise by relative error, and how many others there are."""
-    notes = [row["note"] for rows in scan.ranking.values() for row in rows if "note" in row]
+    rankings = (*scan.ranking.values(), *scan.activation_ranking.values())
+    notes = [row["note"] for rows in rankings for row in rows if "note" in row]
     more = len(notes) - REMARKS
-    return notes[:REMARKS] + ([f"{more} more weights rank far otherwise by relative error: see the ranking."] if more > 0 else [])
+    return notes[:REMARKS] + ([f"{more} more rank far otherwise by relative error: see the ranking."] if more > 0 else [])
 
 
 def _cost(scan: Scan) -> str:
@@ -98,31 +104,41 @@ def _cost(scan: Scan) -> str:
 
 def scan_markdown(scan: Scan) -> str:
     """Return a scan as GitHub Markdown, ending in a new line; names from outside are escaped."""
-    header = ("Format", "Bits per value", "Median SQNR, dB", "Worst SQNR, dB", "Worst weight", *CLASSES)
-    rows = [
-        (
-            name, f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(found["median_sqnr_db"])),
-            _decibel(found["worst"]["sqnr_db"]), found["worst"]["module"], *(found["classes"][kind] for kind in CLASSES),
-        )
-        for name, found in scan.summary.items()
-    ]  # fmt: skip
-    lines = [
-        f"# Formats for the weights of {md(scan.model['name'])}", "",
-        *table(header, rows, right=(1, 2, 3, *range(5, 5 + len(CLASSES)))), "", md(_DECISION),
-    ]  # fmt: skip
+    lines = [f"# Formats for the weights of {md(scan.model['name'])}", "", *_summary(scan, "weight", scan.summary)]
+    lines += ["", md(_DECISION)]
     for name, ranking in scan.ranking.items():
-        lines += ["", f"## {md(name)}: the worst weights", "", *_ranking(scan, name, ranking[:WORST])]
+        found = _ranking(ranking[:WORST], {m: r[name] for m, r in scan.weights.items()}, scan.weight_facts)
+        lines += ["", f"## {md(name)}: the worst weights", "", *found]
+    if scan.activations:
+        lines += ["", "## Activations", "", *_summary(scan, "site", scan.activation_summary)]
+        for name, ranking in scan.activation_ranking.items():
+            found = _ranking(ranking[:WORST], {m: r[name] for m, r in scan.activations.items()}, scan.activation_facts)
+            lines += ["", f"### {md(name)}: the worst activations", "", *found]
     for note in [*scan.notes, *_remarks(scan)]:
         lines += ["", f"> {md(note)}"]
     lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": scan.model} | scan.provenance))]
     return "\n".join([*lines, "", md(_cost(scan))]) + "\n"
 
 
-def _ranking(scan: Scan, name: str, ranking: list[dict[str, Any]]) -> list[str]:
-    header = ("#", "Weight", "SQNR, dB", "Dead zone", "Saturation", "Relative error", "Outliers", "Kurtosis", "Class", "σ")
+def _summary(scan: Scan, what: str, summaries: dict[str, dict[str, Any]]) -> list[str]:
+    header = ("Format", "Bits per value", "Median SQNR, dB", "Worst SQNR, dB", f"Worst {what}", *CLASSES)
+    rows = [
+        (
+            name, f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(found["median_sqnr_db"])),
+            _decibel(found["worst"]["sqnr_db"]), found["worst"]["module"], *(found["classes"][kind] for kind in CLASSES),
+        )
+        for name, found in summaries.items()
+    ]  # fmt: skip
+    return table(header, rows, right=(1, 2, 3, *range(5, 5 + len(CLASSES))))
+
+
+def _ranking(
+    ranking: list[dict[str, Any]], records: dict[str, dict[str, Any]], about: dict[str, dict[str, Any]]
+) -> list[str]:
+    header = ("#", "Module", "SQNR, dB", "Dead zone", "Saturation", "Relative error", "Outliers", "Kurtosis", "Class", "σ")
     rows = []
     for row in ranking:
-        record, facts = scan.weights[row["module"]][name], scan.weight_facts[row["module"]]
+        record, facts = records[row["module"]], about[row["module"]]
         sigma = "none" if record["sigma"] is None else " to ".join(f"{value:g}" for value in record["sigma"])
         rows.append((
             row["rank"], row["module"], _decibel(record["sqnr_db"]), percent(record["dead_zone"]),
