@@ -44,7 +44,7 @@ def command(
 
     keep_freed_memory()
     console = Console(stderr=json_output)
-    about_data = dict(
+    about_data: dict[str, Any] = dict(
         samples=samples, batch_size=batch_size, max_length=max_length, text_field=text_field, device=device, dtype=dtype
     )
     given: dict[str, Any] = {name: value for name, value in about_data.items() if value is not None}
@@ -53,7 +53,7 @@ def command(
     if data is not None:
         if not data.exists():
             raise InputError(f"data file {data} does not exist")
-        given = {"data": data, "samples": 32, "batch_size": 8} | given
+        given = {"data": data, "samples": 32, "batch_size": 8, **given}
         warnings.filterwarnings("ignore", module="torch|transformers")
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"),
