@@ -79,7 +79,7 @@ class DecomposeAttention(Pass):
                 Site(module=tag.module, op=op, role=role, layer=tag.layer, stack=tag.stack, region="attention")
                 for op, role in INSIDE
             ]
-            # Ids of what is inside exist only after opening: a selector by id opens by its module.
-            by_id = any(site.split(":")[0] == tag.module for site in selector.sites)
+            # Ids of what is inside exist only after opening: a selector by id opens by its module and kind.
+            by_id = any(site.startswith(f"{tag.module}:{op}:") for site in selector.sites for op, _ in INSIDE)
             if by_id or (not selector.sites and any(selector.matches(site) for site in candidates)):
                 expand(program.module, node, _like(node), traces)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from aqnfx.errors import PassError
 from aqnfx.graph.calibration import Range, read_ranges
 from aqnfx.graph.controls import COUNT, FAKE_QUANT, NoiseControls, stem_of
-from aqnfx.graph.edit import control_buffer, insert_after, insert_at
+from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after, insert_at
 from aqnfx.graph.opkinds import may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role, Site
@@ -77,6 +77,8 @@ class InsertFakeQuant(Pass):
                 level = buffer(f"{stem}_level", torch.ones(2), site)
                 hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site)
             if site.id in ranges:
+                if hasattr(program.module, f"{BUFFER_PREFIX}range_{stem}_low"):
+                    raise PassError(f"{self.name}: {site.id} has a calibrated range already; strip first")
                 low, high = (
                     buffer(f"range_{stem}_{end}", torch.tensor(value), site)
                     for end, value in zip(("low", "high"), ranges[site.id], strict=True)

@@ -16,7 +16,8 @@ import aqnfx.numerics.fake_quant
 import aqnfx.numerics.ops  # noqa: F401  (all register operators)
 from aqnfx.errors import InputError
 from aqnfx.graph.edit import BUFFER_PREFIX
-from aqnfx.graph.tags import constant, get_tag, site_of
+from aqnfx.graph.operands import places
+from aqnfx.graph.tags import constant, get_tag
 from aqnfx.numerics.noise import as_int32
 
 Phases = Literal["forward", "backward", "both"]
@@ -76,10 +77,9 @@ class NoiseControls:
                 run = constant(module, node)
             else:
                 found.setdefault(site, {})[str(node.target).rpartition("_")[2]] = constant(module, node)
-        order = [known.id for node in module.graph.nodes if (known := site_of(node)) is not None]
         sites = {
             site: SiteControl(level=part["level"], channels=part.get("channels"), hits=part.get("hits"))
-            for site in dict.fromkeys([*order, *found])
+            for site in dict.fromkeys([*places(module.graph), *found])
             if (part := found.get(site)) is not None
         }
         return cls(run=run, sites=sites)

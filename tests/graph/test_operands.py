@@ -181,6 +181,20 @@ def test_cross_attention_reads_keys_and_values_of_the_encoder():
     assert program.places["decoder.block.0.layer.1.EncDecAttention:matmul:1:value"].site.shape[-2] == encoder
 
 
+@pytest.mark.parametrize(
+    ("site", "opens"),
+    [
+        ("model.layers.1.self_attn:matmul:0:key", True), ("model.layers.1.self_attn:softmax:0", True),
+        ("model.layers.1.self_attn:sdpa:0:key", False), ("model.layers.1.self_attn:sdpa:0", False),
+    ],
+)  # fmt: skip
+def test_an_attention_is_opened_for_what_is_inside_of_it(site, opens):
+    program = Pipeline.parse(f'tag-layers,decompose-attention{{where="sites:{site}"}},tag-ops')(tracing("llama"))
+    assert site in program.places
+    assert ("model.layers.1.self_attn:matmul:0" in program.places) == opens
+    assert "model.layers.0.self_attn:sdpa:0" in program.places
+
+
 @pytest.mark.parametrize("form", ["int4:row", "int4:channel", "int4:g3", "int4:tensor"])
 def test_keys_and_values_are_stored_alike_in_fused_and_in_open_attention(form):
     arguments = inputs("llama", 2, 9)

@@ -280,7 +280,7 @@ def test_controls_choose_sites_and_count():
     program = stacked(3)
     x = torch.randn(2, 7, 8, generator=generator(5))
     result = insert(program, 'where="ops:linear,roles:input|weight|output" format=int4 controls=true')
-    assert len(result.controls.sites) == 3 * 17
+    assert list(result.controls.sites) == [site.id for site in result.all_sites if site.op == "linear"]  # execution order
     for where in ("layers:1,roles:weight", "sites:head:linear:0:input", "ops:linear,roles:output,layers:0|2"):
         chosen = {site.id for site in Selector.parse(where).select(result)}
         result.controls.reset_hits()
@@ -451,6 +451,13 @@ def test_files_that_are_no_calibration(content, message, tmp_path):
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_ranges(path)
+
+
+def test_a_site_has_one_calibrated_range(tmp_path):
+    options = f'where="roles:input" format=int8:tensor calibration="{scan(tmp_path, RANGES)}"'
+    program = insert(small(linear)[0], options)
+    with pytest.raises(PassError, match=r"\.:linear:0:input has a calibrated range already; strip first"):
+        insert(program, options)
 
 
 def test_a_range_may_be_one_point():
