@@ -50,8 +50,8 @@ def number_blocks(program: Program) -> dict[Node, int]:
         tag = get_tag(node)
         if tag.inserted_by is None or role_of(str(tag.site)) is Role.OUTPUT:
             continue
-        if node.users:
-            readers[str(tag.site)] = min(blocks[user] for user in node.users if user in blocks)
+        if read := [blocks[user] for user in node.users if user in blocks]:
+            readers[str(tag.site)] = min(read)
         blocks[node] = max(blocks[node], readers.get(str(tag.site), 0))
     for node in blocks:
         tag = get_tag(node)

@@ -139,6 +139,18 @@ def test_single_roles_and_levels(directory: Path) -> None:
     assert smap.sqnr == {}  # nothing was predicted, so no statistics of values were read
 
 
+def test_checkpoints_and_traces_go_with_formats(directory: Path) -> None:
+    options: dict[str, Any] = {**QUICK, "ops": "linear", "roles": "weight,input", "method": "predict", "probes": ("layer",)}
+    plain = run(directory, TEXT * 2, Options(**options))
+    other = run(directory, TEXT * 2, Options(**options, checkpoint=True, metric="fisher-trace"))
+    assert plain.predictions is not None
+    assert other.predictions is not None
+    sites = [site.id for site in plain.predictions.sites]
+    for site in (sites[:1], sites[-1:], sites):
+        np.testing.assert_allclose(other.predictions.kl(site, 1.0), plain.predictions.kl(site, 1.0), rtol=1e-4)
+    assert other.weights
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
