@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from aqnfx.graph.composites import is_move, users
@@ -135,10 +136,14 @@ def origin(node: Node) -> Node:
 
 def _replaced(node: Node) -> Node | None:
     """Return the value that an inserted node took the place of; ``lower-ops`` makes of one node many, all of its site."""
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx":
+        return node.args[0] if node.args and isinstance(node.args[0], Node) else None
     site, seen, ahead = get_tag(node).site, {node}, [node]
     while ahead:
         for found in ahead.pop().all_input_nodes:
             tag = get_tag(found)
+            if not is_float(found):
+                continue  # sizes and counters
             if tag.inserted_by is None or (found.op == "call_function" and tag.site not in (None, site)):
                 return found
             if found.op == "call_function" and tag.site == site and found not in seen:  # no control buffer, no batch size

@@ -355,8 +355,14 @@ def test_text_with_roles_round_trips():
     assert str(Selector.parse(text)) == text
 
 
-@pytest.mark.parametrize("name", ["insert-capture", "insert-score"])
-def test_passes_that_take_outputs_only_say_so(name):
-    message = f"{name}: .* also selects 2 operands, first inp:linear:0:weight; this pass takes outputs only"
+def test_passes_that_take_outputs_only_say_so():
+    message = "insert-accumulation: .* also selects 2 operands, first inp:linear:0:weight; this pass takes outputs only"
     with pytest.raises(SelectorError, match=message):
-        Pipeline.parse(f'{name}{{where="modules:inp|head,roles:weight|output"}}')(stack(1))
+        Pipeline.parse('insert-accumulation{where="modules:inp|head,roles:weight|output"}')(stack(1))
+
+
+def test_ids_stay_under_several_insertions_at_one_site():
+    tagged = Pipeline.parse("tag-layers,decompose-attention,tag-ops")(aqnfx.trace(build("qwen2")))
+    where = 'where="ops:extended,roles:auto"'
+    text = f"insert-noise{{{where}}},insert-capture{{{where} gradients=true}},insert-score{{{where} kind=mxfp4}}"
+    assert list(Pipeline.parse(text)(tagged).places) == list(tagged.places)
