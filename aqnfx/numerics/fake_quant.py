@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqnfx.numerics.formats import parse_format, quantize
+from aqnfx.numerics.formats import parse_format, quantize, unmasked
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -27,7 +27,7 @@ def fake_quant_reference(
     if not format:
         return x.clone()
     bounds = None if low is None or high is None else (low, high)
-    kept = x.abs() < torch.finfo(x.dtype).max / 2 if masked else None
+    kept = unmasked(x) if masked else None
     given = x if kept is None else torch.where(kept, x, 0.0)
     stored = quantize(given, parse_format(format), dim=dim, channel_dim=channel_dim, bounds=bounds)
     if kept is not None:

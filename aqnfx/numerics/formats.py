@@ -175,6 +175,11 @@ def _round_mantissa(x: Tensor, dropped: int) -> Tensor:
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
+def unmasked(x: Tensor) -> Tensor:
+    """Return which values are no mask's: models add -inf, or the least finite number, where nothing may be seen."""
+    return x.abs() < torch.finfo(x.dtype).max / 2
+
+
 class Stored(NamedTuple):
     """Stored values, and the least and the largest value that the scale of each group holds."""
 

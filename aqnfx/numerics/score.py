@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqnfx.numerics.formats import unmasked
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
 
@@ -72,7 +73,7 @@ def accumulate(
         sequences[index, draw, offset : offset + rows] += total.to(sequences.device)
     for number, name in enumerate(perturbations):
         if masked:
-            outside = ~torch.isfinite(y)
+            outside = ~unmasked(y)
             delta = perturbation(name)(y.masked_fill(outside, 0.0), dim, channel_dim).masked_fill(outside, 0.0)
         else:
             delta = perturbation(name)(y, dim, channel_dim)
