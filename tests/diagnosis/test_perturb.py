@@ -116,6 +116,16 @@ def test_every_site_has_its_signal_to_noise_ratio(smap: aqnfx.SensitivityMap) ->
     assert smap.sqnr["sites"] == len(smap.per_site)
 
 
+def test_the_map_and_the_scan_agree_on_what_they_share(smap: aqnfx.SensitivityMap, directory: Path) -> None:
+    data = {"data": TEXT * 2, "samples": 6, "max_length": 24}
+    scanned = aqnfx.scan(directory, "mxfp4", **data)  # type: ignore[arg-type]
+    for role, table in (("weight", scanned.weights), ("input", scanned.activations)):
+        found = {s["module"]: s for s in smap.per_site if s["role"] == role and s["op"] == "linear"}
+        assert len(found) >= 28
+        for module, site in found.items():
+            assert table[module]["mxfp4"]["sqnr_db"] == pytest.approx(site["activations"]["snr_db"], abs=0.02), module
+
+
 def test_misled_sites_are_those_whose_ranks_differ(found: Measurements) -> None:
     def site(name: str, sqnr: float, kl: float) -> dict[str, Any]:
         return {"id": name, "measured": {}, "predicted": {"1": {"kl": kl}}, "activations": {"snr_db": sqnr}}
