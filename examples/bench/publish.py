@@ -238,7 +238,7 @@ def formats(record: dict[str, Any]) -> str:
             " One compiled forward pass with weights and inputs of all linear layers stored in a format, anew in every pass,"
             " against the clean compiled one (asked: below 1.3×):"
         )
-        lines += ["", "| model | tokens | format | seconds | cost | compile, s |", "|---|---|---|---|---|---|"]
+        lines += ["", "| model | tokens | format | seconds | cost | first call, s (code may come from the compiler's cache) |", "|---|---|---|---|---|---|"]
         for model, found in forward.items():
             lines += [
                 f"| {model} | {found['tokens']} | {name} | {found['seconds'][name]:.3f} | {spread(r)} |"
@@ -267,7 +267,7 @@ def formats(record: dict[str, Any]) -> str:
         seconds = ", ".join(
             f"{model} {role}s {e['predict_seconds']:.0f} s and {e['measure_seconds']:.0f} s" for model, role, e in compared
         )
-        lines += ["", f"Predicting and measuring took: {seconds}."]
+        lines += ["", f"Predicting and measuring took, with other work on the machine: {seconds}."]
     if variants := record.get("variants"):
         lines += ["", "SQNR in dB of 4 M values:", "", "| values | mxfp4 | nvfp4 | powers of two per 16 |", "|---|---|---|---|"]
         for name, row in variants["sqnr_db"].items():
