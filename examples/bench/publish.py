@@ -238,7 +238,8 @@ def formats(record: dict[str, Any]) -> str:
             " One compiled forward pass with weights and inputs of all linear layers stored in a format, anew in every pass,"
             " against the clean compiled one (asked: below 1.3×):"
         )
-        lines += ["", "| model | tokens | format | seconds | cost | first call, s (code may come from the compiler's cache) |", "|---|---|---|---|---|---|"]
+        head = "| model | tokens | format | seconds | cost | first call, s (code may come from the compiler's cache) |"
+        lines += ["", head, "|---|---|---|---|---|---|"]
         for model, found in forward.items():
             lines += [
                 f"| {model} | {found['tokens']} | {name} | {found['seconds'][name]:.3f} | {spread(r)} |"
