@@ -62,3 +62,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x', 'y'?"`` for the known names closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control characters written out: names from files must not steer a terminal or break a line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.fx import Node
 
 from aqnfx.errors import PassError
 from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
+from aqnfx.graph.tags import get_tag, static_size, tensor_value
 from aqnfx.numerics.accumulation import accumulate_reference
 from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import noise_reference
@@ -39,6 +41,7 @@ class LowerOps(Pass):
                 expand(program.module, node, fake_quant_reference, traces)
                 lowered += 1
             elif node.target is torch.ops.aqnfx.accumulate.default:
+                self._check_length(node)
                 expand(program.module, node, accumulate_reference, traces)
                 lowered += 1
             elif node.target is torch.ops.aqnfx.count.default:
@@ -46,3 +49,11 @@ class LowerOps(Pass):
         if not lowered:
             raise PassError("lower-ops found no aqnfx operations; run insert-noise or insert-fake-quant first")
 
+    def _check_length(self, node: Node) -> None:
+        """Refuse a sum of open length: as plain operations it would have one step per group, so a fixed number of them."""
+        value = tensor_value(node.args[2]) if isinstance(node.args[2], Node) else None
+        if value is None or not isinstance(static_size(value.shape[-1]), int):
+            raise PassError(
+                f"{self.name}: the product at {get_tag(node).site} sums over a dimension of open length, which cannot be written "
+                "out in steps; leave it out of insert-accumulation, or run without lower-ops"
+            )

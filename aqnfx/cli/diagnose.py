@@ -63,7 +63,7 @@ def command(
     task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
     noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
     perturb: str = typer.Option(None, help="Number format whose error takes the place of noise: mxfp4, int8:token, …"),
-    roles: str = typer.Option(None, help="What is perturbed: output, input, weight, key, value or auto."),
+    roles: str = typer.Option(None, help="What is perturbed: output, input, weight, key, value, other or auto."),
     probes: str = typer.Option("operator,layer,window,all", help="What to probe; also: site."),
     method: str = typer.Option("both", help="predict, measure or both."),
     draws: int = typer.Option(8, help="Projection draws of the prediction."),

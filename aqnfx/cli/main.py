@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from aqnfx.cli import demo, diagnose, env, opt, scan, trace
-from aqnfx.errors import AqnfxError
+from aqnfx.errors import AqnfxError, printable
 
 # Typer exports no name for the base of its usage errors, and where it lives differs between versions.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -61,7 +61,7 @@ def main() -> None:
     except AqnfxError as error:
         if os.environ.get("AQNFX_DEBUG"):
             raise
-        print(f"aqnfx: {' '.join(str(error).splitlines()[:1])}", file=sys.stderr)
+        print(f"aqnfx: {printable(' '.join(str(error).splitlines()[:1]))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("aqnfx: interrupted", file=sys.stderr)

@@ -109,7 +109,8 @@ def prediction_notes(m: Measurements) -> list[str]:
         if found["second_order_fails"]:
             notes.append(
                 f"At level {level} the median of predicted / measured KL is {_medians(found)}: second order does not hold "
-                "there, because the noise is too large or changes what the model chooses; read the measured values."
+                "there, because the perturbation is too large, changes what the model chooses, or (in half precision) is as "
+                "small as the rounding elsewhere; read the measured values."
             )
         elif found["unsettled"]:
             notes.append(

@@ -126,9 +126,10 @@ def _grouped(smap: SensitivityMap, subject: Subject, rows: list[dict[str, Any]])
     if not rows:
         return []
     worst = max(rows, key=lambda row: float(row["score_ci"][1]))
+    where = f"at noise level {smap.base_level:g}" if smap.format is None else f"in {smap.format}"
     reason = (
         f"sensitivity score below 1.5 up to the high end of every interval (worst: {worst['key']}, "
-        f"{worst['score']:.2f}, up to {worst['score_ci'][1]:.2f}) at noise level {smap.base_level:g}"
+        f"{worst['score']:.2f}, up to {worst['score_ci'][1]:.2f}) {where}"
     )
     if still := [row["key"] for row in rows if row["degradation_ci"] == [0.0, 0.0] and not row.get("estimated")]:
         # An interval of zero width only says that the samples agree: effects rarer than one in n stay unseen.
@@ -187,8 +188,8 @@ def _measure_more(smap: SensitivityMap) -> list[Recommendation]:
     elif nothing_distinguishable(smap):
         found.append(
             f"nothing is distinguishable from no effect at level {smap.base_level:g} with {smap.samples} samples and "
-            f"{len(smap.seeds)} seeds: raise --samples to {max(4 * smap.samples, 64)} (halves the intervals), use more "
-            "--seeds, or raise --levels"
+            f"{len(smap.seeds)} seeds: raise --samples to {max(4 * smap.samples, 64)} (halves the intervals)"
+            + (", use more --seeds, or raise --levels" if smap.format is None else "")
         )
     return [Recommendation(priority=4, subject="run", targets=(), reason=reason) for reason in found]
 

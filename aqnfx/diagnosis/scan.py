@@ -17,7 +17,7 @@ from aqnfx.diagnosis.prepare import Data
 from aqnfx.diagnosis.scan_activations import Activations, measure_activations
 from aqnfx.diagnosis.scan_findings import decide, rank, summarise
 from aqnfx.diagnosis.sensitivity import jsonable
-from aqnfx.errors import InputError, ModelError
+from aqnfx.errors import InputError, ModelError, printable
 from aqnfx.numerics.format_stats import ERROR_SUMS, ValueStatistics, error_record, format_sums
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.probes.checkpoint_weights import CHUNK, Checkpoint, Weight, chunks, open_checkpoint, value_range
@@ -208,7 +208,8 @@ class _Engine:
 def _finite(value: float, weight: Weight) -> None:
     if not math.isfinite(value):
         what = "NaN" if math.isnan(value) else "infinite values"
-        raise ModelError(f"weight {weight.entry.key} of {weight.entry.path.name} holds {what}; repair the checkpoint first")
+        name = printable(weight.entry.key)
+        raise ModelError(f"weight {name} of {weight.entry.path.name} holds {what}; repair the checkpoint first")
 
 
 def _describe(fmt: Format, weights: Sequence[Weight]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the calibration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"the calibration {path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the calibration {path} is not JSON: {str(error)[:200]}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA or not isinstance(record.get("ranges"), dict):
         raise InputError(f"{path} is not a scan ({SCHEMA}) with ranges; make one by aqnfx scan MODEL --data FILE --out DIR")
     return {str(site): _range(path, site, pair) for site, pair in record["ranges"].items()}
@@ -32,4 +32,4 @@ def _range(path: str | Path, site: str, pair: object) -> Range:
         low, high = (float(v) for v in pair)
         if low <= high:
             return low, high
-    raise InputError(f"{path}: the range of {site} is {pair!r}, not two finite fp32 numbers in order")
+    raise InputError(f"{path}: the range of {site} is {repr(pair)[:80]}, not two finite fp32 numbers in order")

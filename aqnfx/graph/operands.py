@@ -7,7 +7,7 @@ share, go on with the clean value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from aqnfx.graph.composites import is_move, users
 from aqnfx.graph.opkinds import OpKind, base_name, channel_dim
 from aqnfx.graph.sites import OPERANDS, Role, Site
-from aqnfx.graph.tags import get_tag, is_float, site_of, size_text, tensor_value
+from aqnfx.graph.tags import get_tag, is_float, site_of, size_text, static_size, tensor_value
 
 PRODUCTS = frozenset({
     OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM, OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM,
@@ -132,6 +132,26 @@ def origin(node: Node) -> Node:
             node = node.args[0]
         else:
             return node
+
+
+def read_as_returned(places: Mapping[str, Place]) -> dict[str, str]:
+    """Return operand -> output, site ids, where a product reads a value as an operation returns it, along the same rows.
+
+    A format stores such a value once: what is stored in it already does not change when it is read in it.
+    """
+    outputs = {place.node: place for place in places.values() if place.position is None}
+    found = {}
+    for site, place in places.items():
+        output = None if place.position is None else outputs.get(origin(place.value))
+        if output is None:
+            continue
+        read, returned = (tensor_value(node) for node in (place.value, output.node))
+        assert read is not None  # operands and outputs are tensors
+        assert returned is not None
+        rows = all(v.dim() and d in (-1, v.dim() - 1) for d, v in ((place.dim, read), (output.dim, returned)))
+        if rows and str(static_size(read.shape[-1])) == str(static_size(returned.shape[-1])):
+            found[site] = output.site.id
+    return found
 
 
 def _replaced(node: Node) -> Node | None:

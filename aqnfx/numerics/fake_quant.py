@@ -75,8 +75,11 @@ def _(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, level, low, high, _, gradient, dim, channel_dim, masked = inputs
+    x, level, low, high, format, gradient, dim, channel_dim, masked = inputs
     bounded = low is not None and high is not None
+    if bounded and not getattr(parse_format(format).element, "zero_point", False):
+        high = torch.maximum(low.abs(), high.abs())  # a scale without zero point holds as much on both sides
+        low = -high
     ctx.save_for_backward(x if bounded else None, low, high, None if level is None else level.clone())
     ctx.settings = (gradient, dim, channel_dim, masked)
 

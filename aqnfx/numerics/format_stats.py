@@ -85,8 +85,9 @@ def _store(x: Tensor, fmt: Format, bounds: Bounds | None) -> tuple[Tensor, Tenso
 def _groups(x: Tensor, fmt: Format) -> Tensor:
     """Return ``x`` with a group per row. Zeros fill up a last block: they are no error, and no part of any share."""
     if fmt.grouping == "block":
-        missing = -x.shape[1] % fmt.block
-        return (pad(x, (0, missing)) if missing else x).reshape(-1, fmt.block)
+        block = min(fmt.block, x.shape[1])  # a short row is a block of its own
+        missing = -x.shape[1] % block
+        return (pad(x, (0, missing)) if missing else x).reshape(-1, block)
     # A channel of rows is a row; where no group matters, one long row is what a compiler likes best.
     return x if fmt.grouping in ("row", "channel") else x.reshape(-1)
 

@@ -206,9 +206,10 @@ def quantize(
         )
     if x.numel() == 0:
         return x.clone()
-    wide = x.to(torch.float32)
+    wide = _single(x)
     if fmt.grouping == "none":
-        return round_element(wide, fmt.element).to(x.dtype)
+        stored = round_element(wide, fmt.element)
+        return torch.where(stored.isinf(), stored, _held(stored, x.dtype)).to(x.dtype)
     if fmt.grouping in ("row", "block") and x.dim() > 1 and dim % x.dim() != x.dim() - 1:
         moved = wide.movedim(dim, -1)
         return _held(_grouped(moved, fmt, channel_dim, bounds).values, x.dtype).movedim(-1, dim)
@@ -227,10 +228,18 @@ def quantize_group(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None 
     return _grouped(x, fmt, 0, bounds)
 
 
+def _single(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32; finite fp64 values beyond it become its largest."""
+    if x.dtype != torch.float64:
+        return x.to(torch.float32)
+    largest = torch.finfo(torch.float32).max
+    return torch.where(x.isinf(), x, x.clamp(-largest, largest)).to(torch.float32)
+
+
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x`` in ``dtype``; a value that rounding took beyond its largest number becomes that."""
-    largest = torch.finfo(dtype).max
-    return (x if dtype.itemsize >= 4 else x.clamp(-largest, largest)).to(dtype)
+    """Return fp32 ``x`` in ``dtype``; a value that rounding took beyond the largest number becomes that."""
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return x.clamp(-largest, largest).to(dtype)
 
 
 def _grouped(wide: Tensor, fmt: Format, channel_dim: int, bounds: tuple[Tensor, Tensor] | None) -> Stored:
@@ -254,10 +263,11 @@ def _largest(bounds: tuple[Tensor, Tensor]) -> Tensor:
 def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> Stored:
     flat = x.reshape(1) if x.dim() == 0 else x
     width = flat.shape[-1]
-    missing = -width % fmt.block
+    block = min(fmt.block, width) if isinstance(width, int) else fmt.block  # a short row is a block of its own
+    missing = -width % block
     full = isinstance(missing, int) and missing == 0  # of a size that is open, the example says nothing
     padded = flat if full else pad(flat, (0, missing))
-    blocks = padded.reshape(*padded.shape[:-1], -1, fmt.block)
+    blocks = padded.reshape(*padded.shape[:-1], -1, block)
     whole = (x.abs().amax() if bounds is None else _largest(bounds)) if fmt.scale == "e4m3" else None
     found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole, None)
     values = found.values.reshape(padded.shape)

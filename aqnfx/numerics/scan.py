@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,9 +87,9 @@ def facts(moments: Tensor, extremes: Tensor, magnitude: Tensor) -> dict[str, Any
     variance = two - one * one
     fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
     low, high = (float(value) for value in extremes)
-    median = float(magnitude.median())
+    median = float(np.median(magnitude.numpy()))
     return {
         "elements": int(count), "low": low, "high": high, "max": max(-low, high), "rms": math.sqrt(two),
-        "kurtosis": fourth / variance**2 if variance > 1e-14 * two else None,
+        "kurtosis": fourth / variance**2 if variance > 1e-7 * two else None,
         "outlier_ratio": float(magnitude.max()) / median if median > 0.0 else None,
     }  # fmt: skip

@@ -178,8 +178,9 @@ def own_rows(batch: Batch) -> Batch:
 def collect(program: Program, **facts: Any) -> Captures:
     """Return what the capture nodes of ``program`` have accumulated so far, with ``facts`` as provenance.
 
-    A sum or selection that holds infinities, as an added mask leaves them, is left out. Raises :class:`PassError` without
-    capture nodes, :class:`ProbeError` where a site counted nothing or met another value or gradient that is not finite.
+    A sum or selection that holds infinities or the least finite number, as an added mask leaves them, is left out.
+    Raises :class:`PassError` without capture nodes, :class:`ProbeError` where a site counted nothing or met another
+    value or gradient that is not finite.
     """
     buffers, ops = CaptureBuffers.of(program.module), {site.id: site for site in program.all_sites}
     records = {}
@@ -190,8 +191,9 @@ def collect(program: Program, **facts: Any) -> Captures:
                 f"nothing was counted at {site}; run the program on samples that are not all padding first"
             )
         broken = np.flatnonzero(~np.isfinite(channels[:SMALLEST]).all(axis=0))
-        if broken.size and may_be_infinite(ops[site].op, ops[site].region):
-            continue  # a mask was added to it: its infinities are meant
+        masked = broken.size or channels[LARGEST].max() >= torch.finfo(getattr(torch, ops[site].dtype)).max / 2
+        if masked and may_be_infinite(ops[site].op, ops[site].region):
+            continue  # a mask was added to it: its infinities, or least finite numbers, are meant
         if broken.size:
             raise ProbeError(
                 f"activations are not finite at {site}, in {broken.size} of {channels.shape[1]} channels, first "

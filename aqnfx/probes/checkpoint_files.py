@@ -86,12 +86,20 @@ def shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
         outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
         if not name.strip() or outside or ".." in re.split(r"[/\\]", name) or "\0" in name:
             raise ModelError(f"{index} names the file {name!r}, which is not inside of its directory; it is not read")
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not _is_file(directory / name)]
     if missing:
         raise ModelError(
-            f"{index} names {len(names)} shards and {len(missing)} of them are missing: {missing[0]}; complete the download"
+            f"{index} names {len(names)} shards and {len(missing)} of them are missing: {missing[0][:200]!r}; complete the "
+            "download"
         )
     return [directory / name for name in names], placed
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _nothing_in(directory: Path) -> str:

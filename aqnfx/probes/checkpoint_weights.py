@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqnfx.errors import ModelError
+from aqnfx.errors import ModelError, printable
 from aqnfx.probes.checkpoint_files import Entry, header_digest, model_directory, read_config, read_entries
 
 CHUNK = 1 << 19
@@ -137,7 +137,7 @@ def _weight(entry: Entry, config: Mapping[str, Any], types: set[str], module: st
     elif len(shape) == 3 and shape[2] >= _KERNEL:
         stack, rows, width = shape
     if width > _LONGEST_ROW:
-        raise ModelError(f"{entry.key} has rows of {width} values; at most {_LONGEST_ROW} are held at a time")
+        raise ModelError(f"{printable(entry.key)} has rows of {width} values; at most {_LONGEST_ROW} are held at a time")
     return Weight(
         module=module or entry.key.removesuffix(".weight") or entry.key, entry=entry, dtype=_FLOATS[entry.dtype],
         stack=stack, rows=rows, width=width, transposed=transposed,
@@ -147,9 +147,10 @@ def _weight(entry: Entry, config: Mapping[str, Any], types: set[str], module: st
 def _not_floating(entry: Entry, config: Mapping[str, Any]) -> str:
     settings = config.get("quantization_config")
     method = f" ({settings.get('quant_method', 'see its config')})" if isinstance(settings, Mapping) else ""
+    name = printable(entry.key)
     if method or entry.dtype.startswith(("F8", "F6", "F4")) or _QUANTISED.search(entry.key):
-        return f"the checkpoint is quantised already{method}: {entry.key} is {entry.dtype}; scan the one it was made from"
-    return f"{entry.key} has the type {entry.dtype}, which is not floating point; scan a checkpoint in fp32, fp16 or bf16"
+        return f"the checkpoint is quantised already{method}: {name} is {entry.dtype}; scan the one it was made from"
+    return f"{name} has the type {entry.dtype}, which is not floating point; scan a checkpoint in fp32, fp16 or bf16"
 
 
 def chunks(weight: Weight, elements: int = CHUNK) -> Iterator[Tensor]:
@@ -213,7 +214,7 @@ def _fill(file: FileIO, place: int, target: memoryview, weight: Weight) -> None:
     while done < len(target):
         count = file.readinto(target[done:])
         if not count:
-            raise ModelError(f"{weight.entry.path} ended within {weight.entry.key}: it changed while it was read")
+            raise ModelError(f"{weight.entry.path} ended within {printable(weight.entry.key)}: it changed while it was read")
         done += count
 
 

@@ -20,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, ModelError, ProbeError
+from aqnfx.graph.operands import read_as_returned
 from aqnfx.graph.opkinds import base_name
 from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers, is_parameter_row
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag
+from aqnfx.numerics.perturbations import BIAS
 from aqnfx.numerics.score import RANDOM
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
@@ -44,7 +46,9 @@ class Predictions:
     it, in nats summed over the sample's ``tokens`` (n,) positions. ``sketch`` fp64 (S, D, K, n): Σ g·δ of the declared
     ``perturbations``, whose columns add up over sites. ``channels``: site -> fp64 (2, C), mean over samples of the cost
     of each channel and its standard error (NaN where a value belongs to no sample). ``weights``: parameter -> fp64
-    (batches,), Σ g² of each batch; ``offsets`` are the numbers of their first samples. ``reached`` (S,): whether a gradient
+    (batches,), Σ g² of each batch; ``offsets`` are the numbers of their first samples. ``shared``: the sites whose values
+    belong to no sample; in the sketch the sum of a batch stands at its first sample. ``stored_before``: operand -> the
+    output that it reads as it is, so that both together are one error and not two. ``reached`` (S,): whether a gradient
     arrived; a site without one has no differentiable path to the output. ``notes`` say what a reader has to know.
     """
 
@@ -59,6 +63,8 @@ class Predictions:
     channels: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
     offsets: tuple[int, ...] = (0,)
+    shared: frozenset[str] = frozenset()
+    stored_before: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,15 +105,31 @@ class Predictions:
     def perturbed_kl(self, sites: Sequence[str], name: str, scale: float = 1.0) -> Array:
         """Return the predicted KL of the declared perturbation ``name`` at all ``sites`` together, fp64 (n,).
 
-        The sums of the sites add up before they are squared, so interactions between sites are part of it.
+        The sums of the sites add up before they are squared, so interactions between sites are part of it. An operand whose
+        value is stored as an output of the set already adds nothing.
         """
         if self.sketch is None or name not in self.perturbations:
             raise InputError(f"perturbation {name!r} was not declared; declared: {', '.join(self.perturbations) or 'none'}")
         rows = self.rows(sites)
         if not self.reached[rows].any():
             return np.full(self.samples, np.nan)
-        together = self.sketch[rows, self.perturbations.index(name)].sum(axis=0)
-        return np.asarray(0.5 * scale**2 * np.square(together).mean(axis=0))
+        chosen = {self.sites[row].id for row in rows}
+        if name != BIAS:  # a format changes nothing in what it has stored already
+            chosen = {site for site in chosen if self.stored_before.get(site) not in chosen}
+        table = self.sketch[:, self.perturbations.index(name)]
+        kept = {site.id: row for row, site in enumerate(self.sites) if site.id in chosen}
+        own = table[[row for site, row in kept.items() if site not in self.shared]].sum(axis=0)
+        shared = table[[row for site, row in kept.items() if site in self.shared]].sum(axis=0)
+        squares = np.square(own)
+        if self.shared & chosen:
+            # A sum over a batch: its own square spread over the samples, and with every sample's sum the cross term.
+            # The samples' projections are independent, so terms of two samples are 0 in the mean.
+            whole, weight = np.zeros_like(shared), np.zeros(self.samples)
+            for first, last in zip(self.offsets, (*self.offsets[1:], self.samples), strict=True):
+                whole[:, first:last] = shared[:, first : first + 1]
+                weight[first:last] = self.tokens[first:last] / max(int(self.tokens[first:last].sum()), 1)
+            squares = squares + weight * np.square(whole) + 2.0 * whole * own
+        return np.asarray(0.5 * scale**2 * squares.mean(axis=0))
 
     def channel_kl(self, site: str, level: float) -> Array:
         """Return fp64 (2, C): the KL in nats per token of noise of ``level`` on each channel alone, and its standard error."""
@@ -245,7 +267,8 @@ def _collect(
     return Predictions(
         sites=tuple(sites[name] for name in names), kind=buffers.kind, tokens=tokens, costs=table[rows], draws=draws,
         reached=reached[rows], perturbations=buffers.perturbations, sketch=sketch, channels=channels, provenance=facts,
-        weights=weights, offsets=offsets, notes=_notes(program, set(names)),
+        weights=weights, offsets=offsets, shared=frozenset(names) & buffers.shared,
+        stored_before=read_as_returned(program.places), notes=_notes(program, set(names)),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from aqnfx.diagnosis.scan import Scan
 from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
+from aqnfx.errors import printable
 from aqnfx.reporting.artifacts import check_output_dir, write_json, write_text
 from aqnfx.reporting.markdown import table
 from aqnfx.reporting.text import MISSING, flatten, percent
@@ -52,7 +53,7 @@ def print_scan(scan: Scan, console: Console) -> None:
         console.print(_formats(title, scan, scan.activation_summary))
         console.print(_worst("activations", scan, scan.activations, scan.activation_facts))
     for line in [*scan.notes, *_remarks(scan)]:
-        console.print(Text(line))
+        console.print(Text(printable(line)))
     console.print(Text(f"{_DECISION} {_cost(scan)}"))
 
 
@@ -81,7 +82,7 @@ def _worst(what: str, scan: Scan, records_of: Records, about: dict[str, dict[str
     for module in modules:
         records, facts = records_of[module], about[module]
         cells = [Text(_decibel(records[name]["sqnr_db"]), style=_STYLE[records[name]["class"]]) for name in scan.formats]
-        grid.add_row(Text(module), *cells, _factor(facts["outlier_ratio"]), _factor(facts["kurtosis"]))
+        grid.add_row(Text(printable(module)), *cells, _factor(facts["outlier_ratio"]), _factor(facts["kurtosis"]))
     return grid
 
 

@@ -95,7 +95,7 @@ def _sites(smap: SensitivityMap) -> list[str]:
 def _nothing(smap: SensitivityMap) -> str:
     return (
         f"Nothing was found: no operator, layer or window has a degradation distinguishable from 0 {at_level(smap)}; more "
-        "samples, more seeds or higher levels are needed before any of this is acted on."
+        f"samples{'' if smap.format else ', more seeds or higher levels'} are needed before any of this is acted on."
     )
 
 

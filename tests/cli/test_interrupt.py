@@ -139,10 +139,10 @@ def test_a_resumed_run_compiles_what_the_first_part_compiled(
 ) -> None:
     command = ["diagnose", place.model, *place.quick, "--out", tmp_path, "--compile", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr("aqnfx.diagnosis.diagnose.what_to_compile", lambda *_a: "none")
+        patch.setattr("aqnfx.diagnosis.diagnose.what_to_compile", lambda *_a, **_k: "none")
         interrupt(patch, after=6)
         assert aqnfx(*command).code == 130
-    monkeypatch.setattr("aqnfx.diagnosis.diagnose.what_to_compile", lambda *_a: "blocks")  # another timing
+    monkeypatch.setattr("aqnfx.diagnosis.diagnose.what_to_compile", lambda *_a, **_k: "blocks")  # another timing
     ended = aqnfx(*command, "--resume")
     assert ended.code == 0, ended.err
     assert saved(tmp_path)["provenance"]["compile"] == "none"

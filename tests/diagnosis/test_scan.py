@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -342,3 +343,19 @@ def test_kernels_agree_with_operations(tmp_path: Path) -> None:
     plain, kernels = (scan(model, formats, compile=mode).to_record() for mode in ("no", "yes"))
     assert kernels["provenance"]["compile"] is True
     same(plain, kernels, rel=1e-6)
+
+
+def test_names_from_files_do_not_steer_the_terminal(tmp_path):
+    from rich.console import Console
+
+    from aqnfx.reporting.scan import print_scan
+
+    name = "\x1b[31mevil\nsecond.weight"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file({name: torch.ones(4, 8)}, tmp_path / "model.safetensors")
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_scan(aqnfx.scan(tmp_path, "int8"), console)
+    assert "\x1b[31mevil" not in console.export_text()
+    save_file({name: torch.full((4, 8), float("nan"))}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"weight \\x1b\[31mevil\\nsecond\.weight of .* holds NaN"):
+        aqnfx.scan(tmp_path, "int8")

@@ -116,3 +116,13 @@ def test_a_model_runs_with_short_accumulators_and_gradients_go_straight_through(
     (gradient,) = torch.autograd.grad(loss, [next(p for n, p in program.module.named_parameters() if "c_attn.weight" in n)])
     assert bool(gradient.isfinite().all())
     assert float(gradient.abs().max()) > 0
+
+
+def test_a_sum_of_open_length_is_not_written_out_in_steps() -> None:
+    tagged = Pipeline.parse('tag-layers,decompose-attention{where="ops:matmul"},tag-ops')(aqnfx.trace(build("llama")))
+    program = Pipeline.parse('insert-accumulation{where="ops:matmul" every=4}')(tagged)
+    with pytest.raises(PassError, match=r"self_attn:matmul:1 sums over a dimension of open length"):
+        Pipeline.parse("lower-ops")(program)
+    with torch.no_grad():
+        for length in (5, 9):  # and the programs run at every length as before
+            assert program(**inputs("llama", 2, length)).logits.shape[1] == length

@@ -199,7 +199,7 @@ def test_opcheck(masked, name, width):
 def test_schema():
     schema = str(torch.ops.aqnfx.capture.default._schema)
     tensors = "Tensor y, Tensor? mask, Tensor(a2!) channels, Tensor(a3!) totals"
-    assert f"{tensors}, str perturbation, SymInt channel_dim=-1) -> ()" in schema
+    assert f"{tensors}, str perturbation, SymInt channel_dim=-1, SymInt dim=-1) -> ()" in schema
 
 
 @pytest.mark.parametrize("gradient", [False, True])

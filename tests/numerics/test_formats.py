@@ -151,6 +151,23 @@ def test_bounds_for_scales_that_are_read_off_the_values_are_refused() -> None:
             quantize(torch.ones(3), parse_format(name), bounds=(torch.zeros(()), torch.ones(())))
 
 
+def test_a_row_shorter_than_a_block_is_a_block_of_its_own() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(5))
+    for name in ("int8:g999999", "mxfp4", "int4:g64:asym", "nvfp4"):
+        fmt = parse_format(name)
+        assert torch.equal(quantize(x, fmt), quantize(torch.nn.functional.pad(x, (0, 61)), fmt)[:, :3])
+
+
+def test_values_beyond_fp32_and_formats_beyond_the_dtype_stay_finite() -> None:
+    for name in ALL:
+        fmt = parse_format(name)
+        if fmt.grouping != "none":
+            wide = torch.tensor([1e300, -1e300, 1.0, 0.0], dtype=torch.float64)
+            assert bool(quantize(wide, fmt, channel_dim=-1).isfinite().all()), name
+    half = torch.tensor([65504.0, -65504.0, math.inf], dtype=torch.float16)
+    assert quantize(half, parse_format("bf16")).tolist() == [65504.0, -65504.0, math.inf]
+
+
 # Properties ---------------------------------------------------------------------------------------------------------
 
 rows = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=70).map(lambda v: torch.tensor(v, dtype=torch.float32))

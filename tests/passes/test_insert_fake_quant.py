@@ -374,11 +374,12 @@ def test_the_gradient_of_an_output_is_quantised_before_it_goes_on():
     assert torch.equal(torch.autograd.grad(result(x), x, weights)[0], expected)
 
 
-def test_fixed_bounds_let_no_gradient_pass_outside_of_them(tmp_path):
+@pytest.mark.parametrize(("name", "low"), [("int8:tensor", -1.0), ("int8:tensor:asym", -0.5)])
+def test_fixed_bounds_let_no_gradient_pass_where_they_cut_off(tmp_path, name, low):
     program, module = small(linear)
     path = scan(tmp_path, {".:linear:0:input": [-0.5, 1.0]})
-    result = insert(program, f'where="roles:input" format=int8:tensor calibration={path} controls=true')
-    inside = (X >= -0.5) & (X <= 1.0)
+    result = insert(program, f'where="roles:input" format={name} calibration={path} controls=true')
+    inside = (low <= X) & (X <= 1.0)  # without a zero point a scale holds as much on both sides
     assert 0 < int(inside.sum()) < X.numel()
     found, clean = gradients(result, module)[0], gradients(program, module)[0]
     assert torch.equal(found, torch.where(inside, clean, 0.0))

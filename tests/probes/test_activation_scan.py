@@ -76,7 +76,7 @@ def test_records_and_facts_are_those_of_the_values(tagged: Any, site: str) -> No
     centred = x.double() - x.double().mean()
     magnitude = x.double().abs().reshape(-1, x.shape[-1]).mean(0)
     assert found.facts["kurtosis"] == pytest.approx(float(centred.pow(4).mean() / centred.square().mean() ** 2), rel=1e-9)
-    assert found.facts["outlier_ratio"] == pytest.approx(float(magnitude.max() / magnitude.median()), rel=1e-9)
+    assert found.facts["outlier_ratio"] == pytest.approx(float(magnitude.max() / np.median(magnitude)), rel=1e-9)
     assert (found.facts["low"], found.facts["high"]) == (float(x.min()), float(x.max()))
     assert found.facts["elements"] == x.numel()
 
@@ -127,6 +127,13 @@ def test_misuse_is_refused(tagged: Any) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(saved)
+
+
+def test_a_calibration_that_is_no_json_is_refused(tagged: Any, tmp_path: Path) -> None:
+    for text, message in (("[" * 100_000, "is not JSON"), ('{"schema": "aqnfx.scan/1", "ranges": {"a": [1]}}', "not two finite")):
+        (tmp_path / "scan.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            Pipeline.parse(f'insert-fake-quant{{format=int8:tensor calibration="{tmp_path}/scan.json"}}')(tagged)
 
 
 def test_a_scan_with_data_feeds_a_calibration(tmp_path: Path) -> None:

@@ -128,6 +128,32 @@ def test_a_weight_of_either_layout_has_the_same_cost(monkeypatch):
     assert costs[0].min() > 0
 
 
+def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactions():
+    from aqnfx.probes.data import Batch
+
+    program = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build("llama")))
+    ids, draws = torch.randint(3, 90, (6, 9), generator=generator(5)), 400
+    linear, table = "model.layers.0.mlp.up_proj:linear:0:weight", "model.embed_tokens:embedding:0:weight"
+    text = f'insert-score{{where="sites:{linear}|{table}" samples=6 draws={draws} kind=int3:g8}}'
+    found = []
+    for size in (1, 3):
+        scored, batches = Pipeline.parse(text)(program), []
+        for first in range(0, 6, size):
+            rows = ids[first : first + size]
+            batches.append(Batch(
+                row_offset=first, size=size, input_ids=rows, attention_mask=torch.ones_like(rows),
+                score_mask=torch.ones(size, 8, dtype=torch.bool), answer_mask=None,
+            ))  # fmt: skip
+        found.append(predict(scored, eager_forward(scored), batches, draws=draws))
+    single, joined = found
+    assert joined.shared == {table}
+    per_sample = joined.kl([table], 1.0)
+    assert per_sample.min() > 0
+    assert per_sample[:3].std() < 1e-9 + 0.01 * per_sample[:3].mean()  # equal numbers of tokens, equal shares
+    for sites in ([table], [linear], [linear, table]):
+        assert joined.kl(sites, 1.0).sum() == pytest.approx(single.kl(sites, 1.0).sum(), rel=0.15), sites
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "opt"])
 def test_every_operand_of_a_family_is_scored(family):
     from aqnfx.probes.data import Batch
