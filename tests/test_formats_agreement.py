@@ -27,7 +27,7 @@ def bench() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "role"), [("babyllama", "weight"), ("stories260k", "input")])
 def test_formats_of_llama_models(name: str, role: str, bench: Any, shared_models: Path) -> None:
-    setting = bench.Setting(samples=16, length=128, formats=FORMATS)
+    setting = bench.Setting(samples=12, length=128, formats=FORMATS)
     text = shared_models.parent / "data" / "tiny_stories.txt"
     found = bench.judged(bench.compare(bench.made_ready(str(shared_models / name), text, setting), role, setting))
     assert found["linears"] == 36

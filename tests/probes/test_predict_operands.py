@@ -132,7 +132,7 @@ def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactio
     from aqnfx.probes.data import Batch
 
     program = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build("llama")))
-    ids, draws = torch.randint(3, 90, (6, 9), generator=generator(5)), 400
+    ids, draws = torch.randint(3, 90, (6, 9), generator=generator(5)), 200
     linear, table = "model.layers.0.mlp.up_proj:linear:0:weight", "model.embed_tokens:embedding:0:weight"
     text = f'insert-score{{where="sites:{linear}|{table}" samples=6 draws={draws} kind=int3:g8}}'
     found = []
@@ -151,7 +151,7 @@ def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactio
     assert per_sample.min() > 0
     assert per_sample[:3].std() < 1e-9 + 0.01 * per_sample[:3].mean()  # equal numbers of tokens, equal shares
     for sites in ([table], [linear], [linear, table]):
-        assert joined.kl(sites, 1.0).sum() == pytest.approx(single.kl(sites, 1.0).sum(), rel=0.15), sites
+        assert joined.kl(sites, 1.0).sum() == pytest.approx(single.kl(sites, 1.0).sum(), rel=0.2), sites
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "opt"])
