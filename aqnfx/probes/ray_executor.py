@@ -85,9 +85,16 @@ class RayExecutor:
             # Not Ray's own search: it stops at the address of a cluster that has ended since.
             where = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
         try:
-            self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
+            try:
+                self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
+            except ConnectionAbortedError:
+                # The cluster answered and its server for this client did not start: Ray forks a process with gRPC threads,
+                # which now and then ends at once. Another one does start.
+                self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
         except (ConnectionError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
-            line = (str(error).splitlines() or ["no answer"])[0].rstrip(".")
+            aborted = isinstance(error, ConnectionAbortedError)  # its message is the server's traceback
+            line = _last_line(str(error)) if aborted else (str(error).splitlines() or ["no answer"])[0]
+            line = line.rstrip(".")
             asked = os.environ.get("RAY_ADDRESS", address) if address == _LOCAL else address
             raise InputError(
                 f"the Ray cluster {asked!r} cannot be reached: {line}; check its address and client port, and, where it asks "
