@@ -9,12 +9,12 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import ACCUMULATE, COUNT, NoiseControls, stem_of
-from aqnfx.graph.edit import control_buffer, insert_after
+from aqnfx.graph.controls import ACCUMULATE, add_switch, count_after
+from aqnfx.graph.edit import insert_after
 from aqnfx.graph.operands import Place
 from aqnfx.graph.opkinds import base_name
 from aqnfx.graph.program import Program
-from aqnfx.graph.sites import Role, Site
+from aqnfx.graph.sites import Site
 from aqnfx.numerics.accumulation import ACCUMULATORS
 from aqnfx.passes.base import Pass, select_or_raise
 
@@ -55,40 +55,28 @@ class InsertAccumulation(Pass):
         for place in program.places.values():
             if place.position is not None:
                 operands.setdefault(place.node, []).append(place)
-        taken = set(NoiseControls.of(program.module).sites)
-        device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
         for site in chosen:
             node = program.places[site.id].node
-            x, weight = self._operands(site, node, operands.get(node, []))
+            x, weight = _operands(self.name, site, node, operands.get(node, []))
             bias = _bias(self.name, site, node)
-            level = hits = None
-            if self.controls:
-                if site.id in taken:
-                    raise PassError(f"{self.name}: {site.id} has controls already; strip first, or set those")
-                level, hits = (
-                    control_buffer(
-                        program.module, f"{stem_of(site.id)}_{part}", value.to(device), inserted_by=self.name, site=site.id
-                    )
-                    for part, value in (("level", torch.ones(2)), ("hits", torch.zeros(1, dtype=torch.int64)))
-                )
+            switch = add_switch(program.module, site.id, torch.ones(2), inserted_by=self.name) if self.controls else None
             transposed = _PRODUCTS[str(base_name(node.target))]
-            args = (node, level, x, weight, bias, self.element, self.every, transposed)
+            args = (node, switch and switch[0], x, weight, bias, self.element, self.every, transposed)
             new = insert_after(node, ACCUMULATE, args, inserted_by=self.name, site=site.id, reroute=True)
-            if self.controls:
-                insert_after(new, COUNT, (level, hits), inserted_by=self.name, site=site.id, reroute=False)
+            if switch:
+                count_after(new, site.id, switch, inserted_by=self.name)
 
-    def _operands(self, site: Site, node: Node, found: list[Place]) -> tuple[Node, Node]:
-        if site.role is not Role.OUTPUT or base_name(node.target) not in _PRODUCTS or len(found) != 2:
-            raise PassError(
-                f"{self.name}: {site.id} is no product of two tensors; select outputs of linear, matmul or bmm"
-            )
-        return found[0].value, found[1].value
+
+def _operands(name: str, site: Site, node: Node, found: list[Place]) -> tuple[Node, Node]:
+    if base_name(node.target) not in _PRODUCTS or len(found) != 2:
+        raise PassError(f"{name}: {site.id} is no product of two tensors; select outputs of linear, matmul or bmm")
+    return found[0].value, found[1].value
 
 
 def _bias(name: str, site: Site, node: Node) -> Node | None:
     """Return what is added to a product; raises :class:`PassError` for one that is scaled as well."""
     kind = base_name(node.target)
-    if set(node.kwargs) - {"bias"} and any(value != 1 for value in node.kwargs.values()):
+    if any(value != 1 for option, value in node.kwargs.items() if option != "bias"):
         raise PassError(f"{name}: {site.id} scales its product ({', '.join(node.kwargs)}), which is not supported")
     if kind in ("addmm", "baddbmm"):
         found = node.args[0]

@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from aqnfx.errors import PassError
 from aqnfx.graph.calibration import Range, read_ranges
-from aqnfx.graph.controls import COUNT, FAKE_QUANT, NoiseControls, stem_of
-from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after, insert_at
+from aqnfx.graph.controls import FAKE_QUANT, add_switch, count_after, device_of, stem_of
+from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_at
 from aqnfx.graph.opkinds import may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role, Site
@@ -56,8 +56,7 @@ class InsertFakeQuant(Pass):
         """Insert the nodes, and register levels and ranges."""
         chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
         ranges = _known(self.name, self.calibration, chosen) if self.calibration else {}
-        taken = set(NoiseControls.of(program.module).sites)
-        device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
+        device = device_of(program.module)
         shared: dict[tuple[Any, ...], Node] = {}
 
         def buffer(name: str, value: torch.Tensor, site: Site) -> Node:
@@ -66,16 +65,13 @@ class InsertFakeQuant(Pass):
         for site in chosen:
             place, stem = program.places[site.id], stem_of(site.id)
             masked = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
-            level = low = high = None
+            switch = low = high = None
             key = (place.value, ranges.get(site.id), place.dim, place.channel_dim, masked)
             if not self.controls and place.position is not None and key in shared:
                 place.node.update_arg(place.position, shared[key])
                 continue
             if self.controls:
-                if site.id in taken:
-                    raise PassError(f"{self.name}: {site.id} has controls already; strip first, or set those")
-                level = buffer(f"{stem}_level", torch.ones(2), site)
-                hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site)
+                switch = add_switch(program.module, site.id, torch.ones(2), inserted_by=self.name)
             if site.id in ranges:
                 if hasattr(program.module, f"{BUFFER_PREFIX}range_{stem}_low"):
                     raise PassError(f"{self.name}: {site.id} has a calibrated range already; strip first")
@@ -83,10 +79,10 @@ class InsertFakeQuant(Pass):
                     buffer(f"range_{stem}_{end}", torch.tensor(value), site)
                     for end, value in zip(("low", "high"), ranges[site.id], strict=True)
                 )
-            args = (level, low, high, self.format, self.gradient, place.dim, place.channel_dim, masked)
+            args = (switch and switch[0], low, high, self.format, self.gradient, place.dim, place.channel_dim, masked)
             node = shared[key] = insert_at(place, FAKE_QUANT, args, inserted_by=self.name, reroute=True)
-            if self.controls:
-                insert_after(node, COUNT, (level, hits), inserted_by=self.name, site=site.id, reroute=False)
+            if switch:
+                count_after(node, site.id, switch, inserted_by=self.name)
 
 
 def _known(name: str, path: str, chosen: tuple[Site, ...]) -> dict[str, Range]:

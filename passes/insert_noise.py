@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import COUNT, NOISE, NoiseControls, site_key, stem_of
-from aqnfx.graph.edit import control_buffer, insert_after, insert_at
+from aqnfx.graph.controls import NOISE, add_switch, count_after, device_of, site_key, stem_of
+from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.operands import origin
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
@@ -56,8 +56,7 @@ class InsertNoise(Pass):
         """Insert the nodes and register their buffers."""
         places = program.places
         chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
-        noised = set(NoiseControls.of(program.module).sites)
-        device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
+        device = device_of(program.module)
 
         def buffer(name: str, value: torch.Tensor, site: str | None) -> Node:
             return control_buffer(program.module, name, value.to(device), inserted_by=self.name, site=site)
@@ -68,28 +67,25 @@ class InsertNoise(Pass):
         forward = self.level if self.phases != "backward" else 0.0
         backward = self.level if self.phases != "forward" else 0.0
         for site in chosen:
-            if site.id in noised:
-                raise PassError(f"{self.name}: {site.id} has controls already; strip first, or set those")
             value = tensor_value(places[site.id].value)
             assert value is not None  # a site is a node with one tensor
             stem = stem_of(site.id)
-            level = buffer(f"{stem}_level", torch.tensor([forward, backward]), site.id)
+            switch = add_switch(program.module, site.id, torch.tensor([forward, backward]), inserted_by=self.name)
             key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
-            hits = buffer(f"{stem}_hits", torch.zeros(1, dtype=torch.int64), site.id)
             mask = cols = None
             if value.dim() and isinstance(width := static_size(value.shape[self._dim(site.id, value)]), int):
                 mask = buffer(f"{stem}_channels", torch.ones(width), site.id)
             if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
                 cols = buffer(f"columns_{width}", columns(width), None)
             rows = sample_count(value, batch)
-            args: tuple[Any, ...] = (level, key, run, mask, cols, rows, str(self.kind), self.channel_dim)
+            args: tuple[Any, ...] = (switch[0], key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not,
             # at its output as at the product that reads it.
             keep_zeros = get_tag(origin(places[site.id].value)).op is OpKind.SOFTMAX
             if keep_zeros or self.compiled:
                 args = (*args, 0, keep_zeros, self.compiled)
             noise = insert_at(places[site.id], NOISE, args, inserted_by=self.name, reroute=True)
-            insert_after(noise, COUNT, (level, hits), inserted_by=self.name, site=site.id, reroute=False)
+            count_after(noise, site.id, switch, inserted_by=self.name)
 
     def _dim(self, site: str, value: torch.Tensor) -> int:
         if not -value.dim() <= self.channel_dim < value.dim():

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from aqnfx.errors import PassError
+from aqnfx.graph.controls import device_of
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import attention_mask, covers
@@ -44,7 +43,7 @@ class InsertScan(Pass):
         """Insert the nodes and register the accumulators."""
         module = program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False, operands=True)
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        device = device_of(module)
         mask, shapes = attention_mask(program.graph, program.signature.tensor_names)
         for index, site in enumerate(chosen):
             place = program.places[site.id]

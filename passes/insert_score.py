@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
+from aqnfx.graph.controls import device_of
 from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after, insert_at
 from aqnfx.graph.operands import Place
 from aqnfx.graph.opkinds import OpKind, may_be_infinite
@@ -69,7 +70,7 @@ class InsertScore(Pass):
         places, module = program.places, program.module
         chosen = select_or_raise(self.name, self.where, program, allow_empty=False, operands=True)
         parameters = [n for n in program.graph.nodes if self.weights and _is_parameter(module, n)]
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        device = device_of(module)
         count, names = len(chosen) + len(parameters), self.perturbations
 
         def buffer(name: str, value: torch.Tensor, site: str | None = None) -> Node:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
+from aqnfx.graph.controls import ACCUMULATE, NOISE, PLAIN
 from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
-from aqnfx.numerics.accumulation import accumulate_reference
-from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import noise_reference
-from aqnfx.numerics.ops import count_reference
 from aqnfx.passes.base import Pass
 
 
@@ -33,19 +30,16 @@ class LowerOps(Pass):
         """Expand every node; a program without any is an error, since the pass was asked for."""
         lowered, traces = 0, Traces()
         for node in list(program.graph.nodes):
-            if node.target is torch.ops.aqnfx.noise.default:
+            if node.target is NOISE:
                 node.args = node.args[:11]  # all but "compiled", which says how and not what
                 expand(program.module, node, noise_reference, traces)
-                lowered += 1
-            elif node.target is torch.ops.aqnfx.fake_quant.default:
-                expand(program.module, node, fake_quant_reference, traces)
-                lowered += 1
-            elif node.target is torch.ops.aqnfx.accumulate.default:
-                self._check_length(node)
-                expand(program.module, node, accumulate_reference, traces)
-                lowered += 1
-            elif node.target is torch.ops.aqnfx.count.default:
-                expand(program.module, node, count_reference, traces)
+            elif node.target in PLAIN:
+                if node.target is ACCUMULATE:
+                    self._check_length(node)
+                expand(program.module, node, PLAIN[node.target], traces)
+            else:
+                continue
+            lowered += 1
         if not lowered:
             raise PassError("lower-ops found no aqnfx operations; run insert-noise or insert-fake-quant first")
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
+from aqnfx.graph.controls import device_of
 from aqnfx.graph.frontend import EMBEDDED, SPREAD, load_model, trace
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
@@ -63,7 +64,7 @@ class Prepared:
     @property
     def device(self) -> torch.device:
         """Where the inputs go: to the first weights of the model."""
-        return next((p.device for p in self.program.module.parameters()), torch.device("cpu"))
+        return device_of(self.program.module)
 
 
 def prepare(

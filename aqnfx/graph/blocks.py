@@ -13,16 +13,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import ACCUMULATE, COUNT, FAKE_QUANT, NOISE, is_switched
+from aqnfx.graph.controls import COUNT, NOISE, PLAIN, is_switched
 from aqnfx.graph.operands import role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag, static_size
-from aqnfx.numerics.accumulation import accumulate_reference
-from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import with_keys
-from aqnfx.numerics.ops import count_reference
 
 
 def number_blocks(program: Program) -> dict[Node, int]:
@@ -38,26 +35,21 @@ def number_blocks(program: Program) -> dict[Node, int]:
         if node.op != "call_function":
             continue
         tag = get_tag(node)
-        latest = max((blocks.get(n, 0) for n in node.all_input_nodes), default=0)
+        latest = max((blocks.get(n, 0) for n in (*node.all_input_nodes, *_beside(node))), default=0)
         if tag.inserted_by is not None and tag.site:
             latest = served[tag.site] = max(latest, served.get(tag.site, 0))
         own = place.get((tag.stack, tag.layer), 0) if tag.stack is not None and tag.layer is not None else 0
         # What has no layer and follows the last one (final norm, head) is a block of its own.
         blocks[node] = last if place and own == 0 and latest >= last - 1 else max(latest, own)
-    # What stands on an operand goes where it is read: a weight has no place of its own.
-    readers: dict[str, int] = {}
-    for node in reversed(list(blocks)):
-        tag = get_tag(node)
-        if tag.inserted_by is None or role_of(str(tag.site)) is Role.OUTPUT:
-            continue
-        if read := [blocks[user] for user in node.users if user in blocks]:
-            readers[str(tag.site)] = min(read)
-        blocks[node] = max(blocks[node], readers.get(str(tag.site), 0))
-    for node in blocks:
-        tag = get_tag(node)
-        if tag.inserted_by is not None and not node.users and str(tag.site) in readers:
-            blocks[node] = max(blocks[node], readers[str(tag.site)])
     return blocks
+
+
+def _beside(node: Node) -> Sequence[Node]:
+    """Return what the reader of an operand reads besides, for a node inserted there: a weight has no place of its own."""
+    reader = node
+    while get_tag(reader).inserted_by is not None and role_of(str(get_tag(reader).site)) is not Role.OUTPUT and reader.users:
+        reader = next(iter(reader.users))
+    return reader.all_input_nodes if reader is not node else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,15 +156,11 @@ def lower(block: Block) -> Block:
     graph.output(graph.graph_copy(block.module.graph, {}))
     groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
-        if node.target is FAKE_QUANT:
-            node.target = fake_quant_reference
-        elif node.target is ACCUMULATE:
-            node.target = accumulate_reference
-        elif node.target is NOISE:
+        if node.target is NOISE:
             shape = node.args[0].meta["val"].shape
             groups.setdefault((str(shape[:-1]), len(shape), node.args[6], node.args[3]), []).append(node)
-        elif node.target is COUNT:
-            node.target = count_reference
+        elif node.target in PLAIN:
+            node.target = PLAIN[node.target]
     for (_, _, batch, run), nodes in groups.items():
         with graph.inserting_before(nodes[0]):
             keys = graph.call_function(_group_keys, (nodes[0].args[0], batch, [n.args[2] for n in nodes], run))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,20 +11,26 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import aqnfx.numerics.accumulation
-import aqnfx.numerics.fake_quant
-import aqnfx.numerics.ops  # noqa: F401  (all register operators)
-from aqnfx.errors import InputError
-from aqnfx.graph.edit import BUFFER_PREFIX
+from aqnfx.errors import InputError, PassError
+from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
 from aqnfx.graph.operands import places
 from aqnfx.graph.tags import constant, get_tag
+from aqnfx.numerics.accumulation import accumulate_reference
+from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import as_int32
+from aqnfx.numerics.ops import count_reference
 
 Phases = Literal["forward", "backward", "both"]
 NOISE = torch.ops.aqnfx.noise.default
 COUNT = torch.ops.aqnfx.count.default
 FAKE_QUANT = torch.ops.aqnfx.fake_quant.default
 ACCUMULATE = torch.ops.aqnfx.accumulate.default
+
+
+PLAIN: Mapping[Any, Callable[..., Any]] = {
+    FAKE_QUANT: fake_quant_reference, ACCUMULATE: accumulate_reference, COUNT: count_reference,
+}  # fmt: skip
+"""What operators mean in plain operations with the same arguments; noise has arguments of its own in each lowering."""
 
 
 def is_switched(node: Node) -> bool:
@@ -41,6 +47,32 @@ def stem_of(site: str) -> str:
 def site_key(site: str) -> int:
     """Return the site's 32-bit stream key: the start of the SHA-256 of its id, so equal in every trace and process."""
     return as_int32(int.from_bytes(hashlib.sha256(site.encode()).digest()[:4], "little"))
+
+
+def add_switch(module: GraphModule, site: str, level: Tensor, *, inserted_by: str) -> tuple[Node, Node]:
+    """Register the level, fp32 (2,), and the counter of a site; return the nodes that read them.
+
+    Raises :class:`PassError` where the site has controls already: two of them would share one level.
+    """
+    stem, device = stem_of(site), device_of(module)
+    if hasattr(module, f"{BUFFER_PREFIX}{stem}_level"):
+        raise PassError(f"{inserted_by}: {site} has controls already; strip first, or set those")
+    parts = {"level": level, "hits": torch.zeros(1, dtype=torch.int64)}
+    found = [
+        control_buffer(module, f"{stem}_{part}", value.to(device), inserted_by=inserted_by, site=site)
+        for part, value in parts.items()
+    ]
+    return found[0], found[1]
+
+
+def count_after(node: Node, site: str, switch: tuple[Node, Node], *, inserted_by: str) -> None:
+    """Insert the counter of a site, as :func:`add_switch` returned it, behind the ``node`` that perturbs there."""
+    insert_after(node, COUNT, switch, inserted_by=inserted_by, site=site, reroute=False)
+
+
+def device_of(module: GraphModule) -> torch.device:
+    """Return where controls are registered: with the first weights of the model."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,11 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     return pairs
 
 
+def is_ours(node: Node) -> bool:
+    """Return whether the node is one of the project's operators, which stand for their first argument or only read it."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx"
+
+
 def tensor_value(node: Node) -> torch.Tensor | None:
     """Return the node's fake tensor, or None where it does not produce exactly one tensor."""
     value = node.meta.get("val")

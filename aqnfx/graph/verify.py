@@ -13,7 +13,7 @@ from aqnfx.graph.controls import is_switched
 from aqnfx.graph.operands import role_of
 from aqnfx.graph.render import target_name
 from aqnfx.graph.sites import Role
-from aqnfx.graph.tags import constant, get_tag, module_stack, site_of, tensor_value
+from aqnfx.graph.tags import constant, get_tag, is_ours, module_stack, site_of, tensor_value
 
 Finding = tuple[Node, str]
 Rule = Callable[[GraphModule], Iterator[Finding]]
@@ -38,10 +38,6 @@ def _values_known(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.users and "val" not in node.meta:
             yield node, "has users and no known value (meta['val'])"
-
-
-def _is_ours(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aqnfx"
 
 
 def _stands_for_its_input(node: Node) -> bool:
@@ -73,7 +69,7 @@ def _inserted_have_provenance(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
         if node.op != "call_function" or get_tag(node).inserted_by:
             continue
-        if _is_ours(node):
+        if is_ours(node):
             yield node, "is an aqnfx operation without the pass that inserted it"
 
 
@@ -104,7 +100,7 @@ def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
         source = node.args[0]
         if not isinstance(source, Node) or source.op != "call_function" or tensor_value(source) is None:
             continue  # sizes are shared by the whole graph
-        if not _is_ours(node) or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
+        if not is_ours(node) or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
             continue  # what stands on an operand belongs to the operation that reads it; lowered nodes read anything
         if module_stack(source) != module_stack(node):
             yield node, "does not carry the module stack of the node that it follows"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aqnfx.errors import InputError
 from aqnfx.numerics.formats import BF16, FP16, FloatElement, round_element
+from aqnfx.numerics.switch import blend, is_off, placed
 
 ACCUMULATORS: dict[str, FloatElement] = {"fp16": FP16, "bf16": BF16}
 
@@ -43,16 +44,12 @@ def accumulate_reference(
 ) -> Tensor:  # fmt: skip
     """Return the product ``y`` = x·weight + bias as a short accumulator gives it, in plain tensor operations.
 
-    ``level`` is that of :func:`aqnfx.numerics.fake_quant.fake_quant_reference`: a factor on the error.
+    ``level`` is a factor on the error, see :func:`~aqnfx.numerics.switch.blend`.
     """
     found = accumulated_product(x, weight, element, every, transposed=transposed)
     if bias is not None:
         found = found + bias.to(torch.float32)
-    stored = found.to(y.dtype)
-    if level is None:
-        return stored
-    scale = level[0]
-    return torch.where(scale == 0, y, torch.where(scale == 1, stored, (y + scale * (stored - y)).to(y.dtype)))
+    return blend(y, found.to(y.dtype), level)
 
 
 @torch.library.custom_op("aqnfx::accumulate", mutates_args=())
@@ -61,16 +58,9 @@ def accumulate(
     transposed: bool = False,
 ) -> Tensor:  # fmt: skip
     """See :func:`accumulate_reference`; always a new tensor. To autograd it is the identity on ``y``: straight through."""
-    if level is not None:
-        if level.device.type == "cpu":
-            scale = float(level[0])
-            if scale == 0.0 or y.numel() == 0:
-                return y.clone()
-            level = None if scale == 1.0 else level
-        if level is not None:
-            level = level.to(y.device, non_blocking=True)
-    found = accumulate_reference(y, level, x, weight, bias, element, every, transposed)
-    return torch.empty_like(y).copy_(found) if found.stride() != y.stride() else found
+    if is_off(level, y):
+        return y.clone()
+    return accumulate_reference(y, placed(level, y), x, weight, bias, element, every, transposed)
 
 
 @accumulate.register_fake

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from aqnfx.numerics.formats import parse_format, quantize, unmasked
-
-Bounds = tuple[Tensor, Tensor]
+from aqnfx.numerics.switch import blend, is_off, placed
 
 
 def fake_quant_reference(
@@ -18,11 +17,10 @@ def fake_quant_reference(
 ) -> Tensor:  # fmt: skip
     """Return ``x`` stored in ``format`` ("": as it is), in plain operations: what the operator means, for ``lower-ops``.
 
-    ``level`` fp32 (2,), its first entry: 0 returns ``x`` bit for bit, 1 (and None) the stored value, anything between or
-    beyond that multiple of the error. ``low`` and ``high``, scalars: the fixed range of a static scale, see
-    :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``. ``masked``: values that are not finite,
-    or beyond half of the largest that the dtype has, were put there by a mask (models add -inf or the least finite
-    number); they pass through and take no part in any scale.
+    ``level`` fp32 (2,), forward and backward, see :func:`~aqnfx.numerics.switch.blend`. ``low`` and ``high``, scalars: the
+    fixed range of a static scale, see :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``.
+    ``masked``: what a mask has put there (:func:`~aqnfx.numerics.formats.unmasked`) passes through and takes no part in any
+    scale.
     """
     if not format:
         return x.clone()
@@ -32,18 +30,8 @@ def fake_quant_reference(
     stored = quantize(given, parse_format(format), dim=dim, channel_dim=channel_dim, bounds=bounds)
     if kept is not None:
         stored = torch.where(kept, stored, x)
-    if level is None:
-        return _laid_out(stored, x)
-    scale = level[0]
-    between = (x + scale * (stored - x)).to(x.dtype)
-    if kept is not None:
-        between = torch.where(kept, between, x)
-    return _laid_out(torch.where(scale == 0, x, torch.where(scale == 1, stored, between)), x)
-
-
-def _laid_out(found: Tensor, x: Tensor) -> Tensor:
-    """Return ``found`` in the memory layout of ``x``: a graph may view what it reads, which not every layout allows."""
-    return found if found.stride() == x.stride() else torch.empty_like(x).copy_(found)
+    found = blend(x, stored, level)
+    return found if kept is None or level is None else torch.where(kept, found, x)
 
 
 @torch.library.custom_op("aqnfx::fake_quant", mutates_args=())
@@ -56,17 +44,11 @@ def fake_quant(
     The gradient goes straight through, stored in the format ``gradient`` where one is named; with fixed bounds it is 0
     where ``x`` lies outside of them. Controls may be on another device than ``x``.
     """
-    if level is not None:
-        if level.device.type == "cpu":
-            scale = float(level[0])
-            if scale == 0.0 or x.numel() == 0:
-                return x.clone()
-            level = None if scale == 1.0 else level
-        if level is not None:
-            level = level.to(x.device, non_blocking=True)
+    if is_off(level, x):
+        return x.clone()
     if low is not None and high is not None:
         low, high = low.to(x.device, non_blocking=True), high.to(x.device, non_blocking=True)
-    return fake_quant_reference(x, level, low, high, format, gradient, dim, channel_dim, masked)
+    return fake_quant_reference(x, placed(level, x), low, high, format, gradient, dim, channel_dim, masked)
 
 
 @fake_quant.register_fake
