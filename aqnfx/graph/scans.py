@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-import aqnfx.numerics.scan  # noqa: F401  (registers the operator)
 from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
+from aqnfx.numerics.scan import new_buffers
 
 SCAN = torch.ops.aqnfx.scan.default
 
@@ -35,3 +35,9 @@ class ScanBuffers:
             for node in nodes
         }
         return cls(sites=sites, formats=tuple(str(nodes[0].args[6]).split("|")))
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for site in self.sites.values():
+            for name, fresh in new_buffers(len(self.formats), site["magnitude"].shape[0]).items():
+                site[name].copy_(fresh)

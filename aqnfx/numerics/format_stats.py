@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,23 @@ def value_sums(x: Tensor, pivot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(parts), magnitude.amax(), magnitude.sum(1)
 
 
+def kurtosis(means: Sequence[float], *, least: float) -> float | None:
+    """Return fourth central moment / variance², 3 for a normal distribution, from the means of x to x⁴.
+
+    None for a variance of ``least`` or less: what is left then is rounding.
+    """
+    one, two, three, four = means
+    variance = two - one * one
+    fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
+    return fourth / variance**2 if variance > least else None
+
+
+def outlier_ratio(magnitudes: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
+    """Return the largest of some magnitudes / their median; None where the median is 0."""
+    median = float(np.median(magnitudes))
+    return float(magnitudes.max()) / median if median > 0.0 else None
+
+
 class ValueStatistics:
     """What the values of a tensor of ``rows`` rows are like, whatever format they are stored in; added by whole rows."""
 
@@ -180,21 +197,16 @@ class ValueStatistics:
     def record(self) -> dict[str, Any]:
         """Return ``elements``, ``max`` (largest magnitude), ``rms``, ``kurtosis`` and ``outlier_ratio``.
 
-        ``kurtosis``: fourth central moment / variance², 3 for a normal distribution, None where all values are equal.
-        ``outlier_ratio``: largest mean magnitude of a row (an output channel) / that of the median row, None where the
-        median is 0.
+        ``kurtosis`` is None where all values are equal; ``outlier_ratio`` is that of the mean magnitudes of rows (output
+        channels).
         """
         n = self.count
-        one, two, three, four, square = (float(value) / n for value in self._sums)
-        variance = two - one * one
-        fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
-        means = self._means[: self._filled].numpy()
-        median = float(np.median(means))
+        *means, square = (float(value) / n for value in self._sums)
         return {
             "elements": n,
             "max": self.largest,
             "rms": math.sqrt(square),
             # fp32 resolves no spread below 1e-8 of the values: what is left then is rounding.
-            "kurtosis": fourth / variance**2 if variance > 1e-18 * square else None,
-            "outlier_ratio": float(means.max()) / median if median > 0.0 else None,
+            "kurtosis": kurtosis(means, least=1e-18 * square),
+            "outlier_ratio": outlier_ratio(self._means[: self._filled].numpy()),
         }

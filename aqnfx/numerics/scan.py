@@ -5,27 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from aqnfx.numerics.capture import dropped_rows
-from aqnfx.numerics.format_stats import ERROR_SUMS, format_sums
+from aqnfx.numerics.format_stats import ERROR_SUMS, format_sums, kurtosis, outlier_ratio
 from aqnfx.numerics.formats import parse_format
 
-# Entries of the buffer ``moments``: number of values, Σx to Σx⁴, number of rows.
-COUNT, FIRST, SECOND, THIRD, FOURTH, ROWS = range(6)
+COUNT = 0
+"""Entry of the buffer ``moments`` that counts values; Σx to Σx⁴ follow."""
 
 
 def new_buffers(formats: int, channels: int) -> dict[str, Tensor]:
     """Return accumulators that have counted nothing, for a number of ``formats`` and of ``channels``, fp64.
 
-    ``sums`` (formats, 7), see :func:`~aqnfx.numerics.format_stats.format_sums`; ``moments`` (6,); ``extremes`` (2,), the
+    ``sums`` (formats, 7), see :func:`~aqnfx.numerics.format_stats.format_sums`; ``moments`` (5,); ``extremes`` (2,), the
     least and the largest value; ``magnitude`` (channels,), Σ|x| of each.
     """
     return {
         "sums": torch.zeros(formats, ERROR_SUMS, dtype=torch.float64),
-        "moments": torch.zeros(6, dtype=torch.float64),
+        "moments": torch.zeros(5, dtype=torch.float64),
         "extremes": torch.tensor([math.inf, -math.inf], dtype=torch.float64),
         "magnitude": torch.zeros(channels, dtype=torch.float64),
     }
@@ -50,8 +49,7 @@ def accumulate(
     there, wide = sums.device, rows.double()
     square = wide * wide
     parts = (wide.sum(), square.sum(), (square * wide).sum(), (square * square).sum())
-    counted = wide.new_tensor([rows.numel()]), torch.stack(parts), wide.new_tensor([len(rows)])
-    moments += torch.cat(counted).to(there)
+    moments += torch.stack((wide.new_tensor(rows.numel()), *parts)).to(there)
     magnitude += wide.abs().sum(0).to(there)
     low, high = rows.amin(), rows.amax()
     extremes[0] = torch.minimum(extremes[0], low.double().to(there))
@@ -79,17 +77,13 @@ def _(x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def facts(moments: Tensor, extremes: Tensor, magnitude: Tensor) -> dict[str, Any]:
     """Return ``elements``, ``low``, ``high``, ``max`` (magnitude), ``rms``, ``kurtosis`` and ``outlier_ratio`` of what was added.
 
-    ``kurtosis``: fourth central moment / variance², 3 for a normal distribution. ``outlier_ratio``: largest mean
-    magnitude of a channel / that of the median channel. None where there is nothing to divide by.
+    See :func:`~aqnfx.numerics.format_stats.kurtosis` and :func:`~aqnfx.numerics.format_stats.outlier_ratio` of the mean
+    magnitudes of channels. None where there is nothing to divide by.
     """
     count = float(moments[COUNT])
-    one, two, three, four = (float(moments[i]) / count for i in (FIRST, SECOND, THIRD, FOURTH))
-    variance = two - one * one
-    fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one**4
+    means = [float(value) / count for value in moments[1:]]
     low, high = (float(value) for value in extremes)
-    median = float(np.median(magnitude.numpy()))
     return {
-        "elements": int(count), "low": low, "high": high, "max": max(-low, high), "rms": math.sqrt(two),
-        "kurtosis": fourth / variance**2 if variance > 1e-7 * two else None,
-        "outlier_ratio": float(magnitude.max()) / median if median > 0.0 else None,
+        "elements": int(count), "low": low, "high": high, "max": max(-low, high), "rms": math.sqrt(means[1]),
+        "kurtosis": kurtosis(means, least=1e-7 * means[1]), "outlier_ratio": outlier_ratio(magnitude.numpy()),
     }  # fmt: skip

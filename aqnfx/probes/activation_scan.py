@@ -37,12 +37,14 @@ def scan_activations(
 ) -> tuple[SiteScan, ...]:
     """Run ``batches`` through ``program``, which has scan nodes, and return what each site held, in execution order.
 
-    ``progress`` is told the batches done and their number. Raises :class:`PassError` without scan nodes,
-    :class:`InputError` without batches, :class:`ProbeError` where a site held nothing, or a value that is not finite.
+    What was counted before is forgotten. ``progress`` is told the batches done and their number. Raises :class:`PassError`
+    without scan nodes, :class:`InputError` without batches, :class:`ProbeError` where a site held nothing, or a value that is
+    not finite.
     """
     if not batches:
         raise InputError("there are no samples to scan activations on")
     buffers = ScanBuffers.of(program.module)
+    buffers.reset()
     with torch.no_grad():
         for number, batch in enumerate(batches, start=1):
             forward(own_rows(batch))

@@ -45,6 +45,13 @@ def scanned(tagged: Any, batches: list[Batch], where: str = "ops:linear,roles:in
     return {one.site.id: one for one in scan_activations(program, eager_forward(program), batches)}
 
 
+def test_a_second_scan_starts_anew(tagged: Any) -> None:
+    program = Pipeline.parse(f'insert-scan{{where="ops:linear,roles:input" formats="{"|".join(FORMATS)}"}}')(tagged)
+    given = [batch(torch.arange(12).reshape(2, 6))]
+    first, again = (scan_activations(program, eager_forward(program), given) for _ in range(2))
+    assert first == again
+
+
 def value_of(tagged: Any, site: str, given: Batch) -> torch.Tensor:
     """Return the value at a site, from a program that returns it."""
     place = tagged.places[site]
