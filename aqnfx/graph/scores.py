@@ -15,7 +15,8 @@ from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
 
 SCORING = (torch.ops.aqnfx.score.default, torch.ops.aqnfx.score_weight.default)
-"""The operators of score nodes; their first eleven arguments are the same."""
+"""The operators of score nodes; their first eleven arguments are the same, and the last."""
+_ELEMENTS = 15  # the place of that last argument
 
 
 def is_parameter_row(name: str) -> bool:
@@ -38,6 +39,7 @@ class ScoreBuffers:
     hits: Tensor
     sequences: Tensor
     sketch: Tensor | None
+    elements: Tensor | None
     channels: Mapping[str, Tensor]
     shared: frozenset[str]
 
@@ -55,13 +57,14 @@ class ScoreBuffers:
             perturbations=max((tuple(n.args[10]) for n in nodes), key=len),
             run=constant(module, first[2]), hits=constant(module, first[3]), sequences=constant(module, first[4]),
             sketch=None if first[6] is None else constant(module, first[6]),
+            elements=next((constant(module, n.args[_ELEMENTS]) for n in nodes if len(n.args) > _ELEMENTS), None),
             channels={s: constant(module, n.args[5]) for s, n in zip(sites, nodes, strict=True) if n.args[5] is not None},
             shared=frozenset(s for s, n in zip(sites, nodes, strict=True) if n.args[8] == 0),
         )  # fmt: skip
 
     def reset(self) -> None:
         """Set every accumulator to 0."""
-        for tensor in (self.hits, self.sequences, self.sketch, *self.channels.values()):
+        for tensor in (self.hits, self.sequences, self.sketch, self.elements, *self.channels.values()):
             if tensor is not None:
                 tensor.zero_()
 

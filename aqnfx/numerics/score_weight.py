@@ -20,7 +20,7 @@ _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 
 def accumulate_weight(
     grad: Tensor, x: Tensor, weight: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, sketch: Tensor | None,
-    index: int, batch: int, kind: str, perturbations: list[str], dim: int, channel_dim: int,
+    index: int, batch: int, kind: str, perturbations: list[str], dim: int, channel_dim: int, elements: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add what the gradient of x·weight says of the weight to the accumulators, in place.
 
@@ -51,6 +51,9 @@ def accumulate_weight(
             products = (per_sample.reshape(len(per_sample), -1) @ table).double().t()
             assert sketch is not None  # allocated by the pass that declares perturbations
             sketch[index, :, draw, place] += products.to(sketch.device)
+            if elements is not None:
+                squares = (per_sample.square_().reshape(len(per_sample), -1) @ table.square()).double().t()
+                elements[index, :, place] += squares.to(elements.device)
 
 
 class _ScoreWeight(torch.autograd.Function):
@@ -74,7 +77,8 @@ _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped
 # The first eleven arguments are those of aqnfx::score, so that both are read alike.
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score_weight(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
-    "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0) -> Tensor"
+    "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0, "
+    "Tensor? elements=None) -> Tensor"
 )
 
 
@@ -83,10 +87,10 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def score_weight(
     y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], x: Tensor, weight: Tensor,
-    dim: int = -1, channel_dim: int = 0,
+    dim: int = -1, channel_dim: int = 0, elements: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return ``y`` itself; its gradient goes to :func:`accumulate_weight`. ``channels`` is not used."""
     result: Tensor = _ScoreWeight.apply(  # type: ignore[no-untyped-call]
-        y, anchor, x, weight, run, hits, sequences, sketch, index, batch, kind, perturbations, dim, channel_dim
+        y, anchor, x, weight, run, hits, sequences, sketch, index, batch, kind, perturbations, dim, channel_dim, elements
     )
     return result
