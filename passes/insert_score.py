@@ -25,6 +25,8 @@ from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.score import RANDOM
 from aqnfx.passes.base import Pass, select_or_raise
 
+_KEPT = 1 << 26  # changed values of all weights together that are held between draws: 256 MiB
+
 
 @dataclass(frozen=True, kw_only=True)
 class InsertScore(Pass):
@@ -95,6 +97,8 @@ class InsertScore(Pass):
             shape = (count, len(names), self.draws, self.samples)
             sketch = buffer("sketch", torch.zeros(shape, dtype=torch.float64))
         batch = batch_size(program.graph, inserted_by=self.name)
+        weighed = [tensor_value(places[site.id].value) for site in chosen if site.role is Role.WEIGHT]
+        keep = self.draws > 1 and len(names) * sum(value.numel() for value in weighed if value is not None) <= _KEPT
         for index, site in enumerate(chosen):
             place = places[site.id]
             if site.role is Role.WEIGHT and (product := _product(place, places)) is not None:
@@ -103,7 +107,7 @@ class InsertScore(Pass):
                 assert value is not None  # a product of two tensors
                 product_args = (
                     y, anchor, run, hits, table, None, sketch, index, _samples(site, value, batch), str(self.kind),
-                    list(names), x, place.value, place.dim, place.channel_dim, *last,
+                    list(names), x, place.value, place.dim, place.channel_dim, elements, keep,
                 )  # fmt: skip
                 insert_after(
                     y, torch.ops.aqnfx.score_weight.default, product_args, reroute=True, inserted_by=self.name, site=site.id
@@ -116,10 +120,10 @@ class InsertScore(Pass):
             if self.channels and self.kind in RANDOM and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             outside = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
-            keep = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX
+            zeros = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX
             args = (
                 anchor, run, hits, table, channels, sketch, index, _samples(site, value, batch), str(self.kind), list(names),
-                dim, keep, outside, place.dim, *last,
+                dim, zeros, outside, place.dim, *last,
             )  # fmt: skip
             insert_at(place, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name)
         for index, node in enumerate(parameters, start=len(chosen)):

@@ -70,7 +70,8 @@ def costs(
         raise ProbeError("costs need predictions with declared formats and elements; run insert-score with elements=true")
     rows = {site.id: row for row, site in enumerate(found.sites)}
     names = {name: number for number, name in enumerate(found.perturbations)}
-    lost = [part.module for part in parts if not any(found.reached[rows[site]] for _, site in part.sites)]
+    stored = {part.module: {site for c in options[part.module] for site, _ in part.formats(c)} for part in parts}
+    lost = [module for module, sites in stored.items() if sites and not any(found.reached[rows[site]] for site in sites)]
     if lost:
         raise ProbeError(
             f"no gradient reached {lost[0]} ({len(lost)} of {len(parts)} modules), so its cost is unknown; leave it out"
