@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aqnfx.numerics.metrics import relative_degradation as relative_degradation
     from aqnfx.numerics.metrics import sensitivity_score as sensitivity_score
     from aqnfx.passes.pipeline import Pipeline as Pipeline
+    from aqnfx.planning.planner import plan as plan
+    from aqnfx.planning.precision_plan import PrecisionPlan as PrecisionPlan
     from aqnfx.reporting.integrated import IntegratedDiagnostic as IntegratedDiagnostic
 
 # Public names load their module on first use, so that `import aqnfx` and `aqnfx --help` do not import torch.
@@ -35,6 +37,8 @@ _LAZY = {
     "diagnose": "aqnfx.diagnosis.diagnose",
     "scan": "aqnfx.diagnosis.scan",
     "Scan": "aqnfx.diagnosis.scan",
+    "plan": "aqnfx.planning.planner",
+    "PrecisionPlan": "aqnfx.planning.precision_plan",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",
     "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",

@@ -36,7 +36,7 @@ _PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
 class Costs:
     """What every choice costs: ``columns`` holds, per option, Σ g·δ per draw and sample, fp64 (options, K, n).
 
-    An option is a pair (module, choice text); ``index`` gives its row. ``kl`` and ``se`` (options,) are the predicted KL in
+    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens. ``kl`` and ``se`` (options,) are the predicted KL in
     nats per token of that option alone and its standard error for these samples; ``unbiased`` and ``elementwise`` (options,)
     the two estimates that it is made of, ``spread`` the standard deviation of the log of the second around the truth,
     ``truncation`` that of what second order leaves out, per √KL.
@@ -44,13 +44,18 @@ class Costs:
 
     index: Mapping[tuple[str, str], int]
     columns: Array
-    tokens: int
+    per_sample: Array
     kl: Array
     se: Array
     unbiased: Array
     elementwise: Array
     spread: float
     truncation: float
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.per_sample.sum())
 
     def of(self, module: str, choice: Choice) -> tuple[float, float]:
         """Return KL and standard error of one option."""
@@ -90,7 +95,7 @@ def costs(
     kl, se, spread = combine(table, elementwise, tokens)
     unbiased = mean_square(table, tokens)
     return Costs(
-        index=index, columns=table, tokens=tokens, kl=kl, se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased,
+        index=index, columns=table, per_sample=found.tokens.astype(np.float64), kl=kl, se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased,
         elementwise=elementwise, spread=spread, truncation=truncation,
     )  # fmt: skip
 

@@ -19,10 +19,15 @@ _CLEAR = 3.5  # standard errors that a gain on held-out draws must exceed: of 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanKL:
-    """KL of a plan in nats per token: ``kl`` and its standard error ``se``, and ``additive``, the sum of its parts alone."""
+    """KL of a plan in nats per token, and ``additive``, the sum of its parts alone.
+
+    ``se``: standard error for other samples of the same kind; ``se_here`` that for the samples that were scored, which holds
+    the draws and what second order leaves out. Both are normal approximations: KL that a few samples make has longer tails.
+    """
 
     kl: float
     se: float
+    se_here: float
     additive: float
 
 
@@ -38,8 +43,25 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     together = float(mean_square(whole, costs.tokens))
     additive = float(costs.kl[list(rows)].sum())
     kl = max(additive + together - float(alone.sum()), 0.0)
+    left_out = costs.truncation * kl**1.5
+    per_sample = 0.5 * np.square(whole).mean(axis=0)  # the noise of the draws is part of how samples differ
+    apart = per_sample - together * costs.per_sample
+    n = len(apart)
+    spread = float(np.sqrt(np.square(apart).sum() * n / (n - 1))) / costs.tokens if n > 1 else float("inf")
     noise = float(draw_error(whole, costs.tokens))
-    return PlanKL(kl=kl, se=float(np.hypot(noise, costs.truncation * kl**1.5)), additive=additive)
+    return PlanKL(
+        kl=kl, se=float(np.hypot(max(spread, noise), left_out)), se_here=float(np.hypot(noise, left_out)), additive=additive
+    )
+
+
+def kl_difference_error(costs: Costs, first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the standard error of the difference between the KL of two plans, whose draws are the same."""
+    squares = [np.square(costs.columns[list(rows)].sum(axis=0)) for rows in (first, second)]
+    apart = 0.5 * (squares[0] - squares[1]) / costs.tokens
+    draws = apart.shape[0]
+    if draws < 2:
+        return float("nan")
+    return float(np.sqrt(apart.var(axis=0, ddof=1).sum() / draws))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

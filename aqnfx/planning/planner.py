@@ -23,7 +23,7 @@ from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.planning.costs import Costs, costs, truncation_from
 from aqnfx.planning.evaluate import Measured, measure_plans
-from aqnfx.planning.interactions import Refined, plan_kl, refine
+from aqnfx.planning.interactions import Refined, kl_difference_error, plan_kl, refine
 from aqnfx.planning.knapsack import Limit, least_weight, solve
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.precision_plan import PrecisionPlan
@@ -73,6 +73,9 @@ def plan(
     tell("choosing")
     picked, refined = choose(scored, wanted)
     made = _record(scored, picked, refined, wanted)
+    made["predicted"]["measured_here"] = measure_plans(
+        ready.program, chosen, {"plan": problem.assignments(picked)}
+    )["plan"].kl
     notes = list(ready.notes) + _notes(problem, held, wanted)
     if held:
         tell("measuring")
@@ -166,7 +169,7 @@ def _prepared(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell:
         samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
         ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles, task=wanted.task,
         text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
-        adaptive=True, seeds=1,
+        adaptive=True, perturb=next(choice.weight for choice in wanted.menu if choice.weight is not None),
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
     return prepare(model, data, options, tokenizer=tokenizer, tell=tell)
 
@@ -242,7 +245,7 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
             ],
         },
         "predicted": {
-            "kl": predicted.kl, "se": predicted.se, "additive_kl": predicted.additive, "refined": tried,
+            "kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive_kl": predicted.additive, "refined": tried,
             "estimator_spread": found.spread, "truncation": found.truncation, "spot_checks": list(scored.checks),
         },
     }  # fmt: skip
@@ -309,11 +312,13 @@ def _coupling_cost(program: Program, scored: Scored, picked: Sequence[int], opti
     free = dataclasses.replace(options, couple="none")
     alone = dataclasses.replace(scored, problem=make_problem(program, free))
     best, _ = choose(alone, free)
-    kls = [
-        plan_kl(scored.costs, _flat(problem.rows(scored.costs.index), chosen)).kl
+    rows = [
+        _flat(problem.rows(scored.costs.index), chosen)
         for problem, chosen in ((scored.problem, picked), (alone.problem, best))
     ]
-    return {"kl": kls[0], "kl_without": kls[1], "share": kls[0] / kls[1] - 1.0 if kls[1] > 0.0 else None}
+    fused, free_kl = (plan_kl(scored.costs, chosen).kl for chosen in rows)
+    error = kl_difference_error(scored.costs, *rows)
+    return {"kl": fused, "kl_without": free_kl, "difference": fused - free_kl, "se": error}
 
 
 def _notes(problem: Problem, held: Sequence[Batch], options: PlanOptions) -> list[str]:
