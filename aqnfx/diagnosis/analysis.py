@@ -21,6 +21,7 @@ from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.graph.structure import BALANCE, Structure, structure
+from aqnfx.graph.tags import static_size
 from aqnfx.numerics.formats import parse_format
 from aqnfx.passes.pipeline import Pipeline
 
@@ -28,6 +29,7 @@ SCHEMA = "aqnfx.analysis/1"
 TAGS = "tag-layers,tag-ops"
 EXPANDED = 'tag-layers,decompose-attention{where="ops:softmax"},tag-ops'
 TOP = 10
+BATCH, TOKENS = 1, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,14 @@ class Analysis:
     groups: list[dict[str, Any]] = field(default_factory=list)
     error_flow: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def costs(self) -> dict[str, float]:
+        """Return the cost (KL) per site of role output: the sum over the site and its operands, as far as the map has it."""
+        found: dict[str, float] = {}
+        for entry in self.sites:
+            site = self.structure.site(entry["id"]).id
+            found[site] = found.get(site, 0.0) + entry["kl"]
+        return found
 
     def to_record(self) -> dict[str, Any]:
         """Return the analysis as plain JSON values."""
@@ -73,7 +83,8 @@ def analyze(
 
     ``model`` is a Program that no pass has inserted nodes into, or what :func:`aqnfx.trace` takes; one that is loaded here
     has the dtype of its checkpoint. FLOPs and bytes are of one forward pass of ``batch`` samples of ``tokens`` positions
-    (default: as traced) on a machine of ``balance`` FLOP per byte. At most ``top`` critical sites are explained.
+    (default: 1 × 128, or what the trace has fixed or the model takes at most) on a machine of ``balance`` FLOP per byte.
+    At most ``top`` critical sites are explained.
 
     Raises :class:`ArtifactError` where the map is of another model or holds values of the wrong kind, and
     :class:`InputError` for options out of range; loading and tracing raise what :func:`aqnfx.trace` raises.
@@ -85,6 +96,7 @@ def analyze(
     if smap is not None:
         tagged = _as_probed(program, tagged, smap)
         _check_same_model(tagged, smap)
+    batch, tokens = _sizes(tagged, batch, tokens)
     found = structure(tagged, batch=batch, tokens=tokens, balance=balance)
     about = {key: value for key, value in tagged.source.items() if key != "origin"}
     notes = list(tagged.notes)
@@ -110,6 +122,18 @@ def analyze(
             "digest": smap.model.get("digest"), "sites": len(smap.per_site), "sites_with_cost": len(sites),
         },
     )  # fmt: skip
+
+
+def _sizes(program: Program, batch: int | None, tokens: int | None) -> tuple[int | None, int | None]:
+    """Fill in what is not given: the usual numbers, but what the trace has fixed, and no more than the model takes."""
+    limit = program.source.get("max_positions")
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"]
+    fixed = [any(isinstance(static_size(s[d]), int) for s in shapes if len(s) > d) for d in range(2)]
+    usual = min(TOKENS, limit) if isinstance(limit, int) else TOKENS
+    return (
+        BATCH if batch is None and not fixed[0] else batch,
+        usual if tokens is None and not fixed[1] else tokens,
+    )
 
 
 def _as_probed(program: Program, tagged: Program, smap: SensitivityMap) -> Program:

@@ -19,7 +19,7 @@ def error_flow(smap: SensitivityMap, program: Program, structure: Structure, cos
     - ``layers``: per layer of the model in order, ``kl`` of all its sites perturbed together and its ``share`` of the sum over
       layers; ``sites_kl``, the sum of the costs of its sites one by one, split in ``branches`` by the addition to the stream
       where their error enters it; ``joint_over_sum`` = kl / sites_kl, above 1 where errors inside of the layer reinforce each
-      other. None where the map does not have the number.
+      other, only where kl was measured. None where the map does not have the number.
     - ``windows``: per measured window of layers ``amplification`` (measured together / sum of its layers), its ``ci``, and the
       ``verdict``: ``amplified`` or ``absorbed`` where the interval lies above or below 1.
     """
@@ -39,10 +39,11 @@ def error_flow(smap: SensitivityMap, program: Program, structure: Structure, cos
         kl, sites_kl = measured.get(label), math.fsum(branches.values()) if branches else None
         if kl is None and sites_kl is None:
             continue
+        measured_here = kl is not None and "estimated" not in smap.at_base("layer", label)
         layers.append({
             "layer": label, "kl": kl, "share": kl / total if kl is not None and total > 0 else None, "sites_kl": sites_kl,
             "branches": [{"enters": name, "kl": value} for name, value in branches.items()],
-            "joint_over_sum": kl / sites_kl if kl is not None and sites_kl else None,
+            "joint_over_sum": kl / sites_kl if kl is not None and measured_here and sites_kl else None,
         })  # fmt: skip
     windows = [
         {

@@ -43,8 +43,8 @@ def trace(
     embedded model), or a ``.pt2`` file (only with ``allow_unsafe_pt2``, since loading one can run code). ``inputs`` is
     ``(args, kwargs)``; without it they are made from the model's config. Batch and sequence are dynamic where the
     model allows; a dimension that had to be fixed is named in ``Program.notes``. ``dtype`` ("auto": that of the
-    checkpoint) and ``device`` apply to models that are loaded here. Raises :class:`ModelError` when the model cannot be loaded, :class:`TraceError` when
-    it cannot be traced.
+    checkpoint) and ``device`` apply to models that are loaded here. Raises :class:`ModelError` when the model cannot be
+    loaded, :class:`TraceError` when it cannot be traced.
     """
     started = time.perf_counter()
     if isinstance(model, (str, Path)):
