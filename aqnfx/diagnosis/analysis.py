@@ -20,7 +20,7 @@ from aqnfx.graph.frontend import model_digest, trace
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
-from aqnfx.graph.structure import BALANCE, Structure, structure
+from aqnfx.graph.structure import BALANCE, Structure, check_options, structure
 from aqnfx.graph.tags import static_size
 from aqnfx.numerics.formats import parse_format
 from aqnfx.passes.pipeline import Pipeline
@@ -91,6 +91,7 @@ def analyze(
     """
     if top < 1:
         raise InputError(f"top {top} must be at least 1")
+    check_options(batch=batch, tokens=tokens, balance=balance)  # before a large model is loaded in vain
     program = model if isinstance(model, Program) else trace(model, dtype="auto")
     tagged = Pipeline.parse(TAGS)(program)
     if smap is not None:

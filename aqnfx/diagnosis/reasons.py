@@ -12,10 +12,11 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import ArtifactError
 from aqnfx.graph.coupling import TIED
 from aqnfx.graph.operands import origin
-from aqnfx.graph.opkinds import OpKind
+from aqnfx.graph.opkinds import OpKind, base_name
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.graph.structure import Structure
+from aqnfx.graph.tags import get_tag
 
 OUTLIERS = 10.0
 """Least ratio of a channel's mean magnitude to the median one that counts as feeding outliers (moderate, in the map)."""
@@ -26,6 +27,11 @@ CONSUMERS = 3
 LOUD = 0.5
 """Least RMS of what a branch adds, relative to the residual stream after it, that counts as dominating the stream."""
 
+CREST = 30.0
+"""Least ratio of the largest magnitude to the RMS that counts as outlier values (a normal distribution reaches about 5)."""
+EXPONENT = 0.1
+"""Least absolute error of a softmax's argument, in nats, that counts as large: probabilities change by a tenth."""
+
 NONE_FOUND = {"reason": "no structural reason found", "number": None, "text": "no structural reason found"}
 
 
@@ -33,6 +39,7 @@ class _Activations(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
     mean_magnitude: float | None = Field(default=None, ge=0)
     rms: float | None = Field(default=None, ge=0)
+    max: float | None = Field(default=None, ge=0)
 
 
 class _Channels(BaseModel):
@@ -46,9 +53,15 @@ _M = TypeVar("_M", bound=BaseModel)
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What reasons are read from: the structure, which sites feed which, and a map's statistics by site."""
+    """What reasons are read from: the structure, which sites feed which, and a map's statistics by site.
+
+    ``scales`` has the factor between a value and the argument of the softmax that it becomes; ``error`` is the relative
+    error of the perturbation at the base level.
+    """
 
     structure: Structure
+    scales: dict[str, float]
+    error: float
     feeds: dict[str, tuple[str, ...]]
     readers: dict[str, tuple[str, ...]]
     activations: dict[str, _Activations]
@@ -69,7 +82,8 @@ class Evidence:
                 feeder = outputs.get(origin(place.value))
                 feeds[site] = () if feeder is None else (feeder,)
         return cls(
-            structure=structure, feeds=feeds, readers={site: tuple(sites) for site, sites in after.items()},
+            structure=structure, scales=_softmax_scales(program, after), error=smap.base_level * _unit_error(smap),
+            feeds=feeds, readers={site: tuple(sites) for site, sites in after.items()},
             activations={
                 entry["id"]: _read(_Activations, entry["activations"], f"activations of {entry['id']!r}")
                 for entry in smap.per_site
@@ -77,6 +91,31 @@ class Evidence:
             },
             channels={site: _read(_Channels, found, f"channels of {site!r}") for site, found in smap.channels.items()},
         )  # fmt: skip
+
+
+def _unit_error(smap: SensitivityMap) -> float:
+    """The relative error of level 1: 1 for noise, that of a format on normal values."""
+    value = smap.noise.get("unit_error", 1.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ArtifactError(f"sensitivity map: noise.unit_error must be a positive number, found {value!r}")
+    return float(value)
+
+
+def _softmax_scales(program: Program, after: dict[str, list[str]]) -> dict[str, float]:
+    """Site -> the factor that its value is multiplied with before a softmax takes it, for sums and multiples of it alone."""
+    nodes = program.site_nodes()
+    found: dict[str, float] = {}
+    for site in reversed(nodes):
+        for reader in after.get(site, ()):
+            kind, numbers = get_tag(nodes[reader]).op, [a for a in nodes[reader].args if isinstance(a, (int, float))]
+            if kind is OpKind.SOFTMAX:
+                found[site] = 1.0
+            elif reader in found and kind is OpKind.ADD:
+                found[site] = found[reader]
+            elif reader in found and kind is OpKind.MUL and len(numbers) == 1 and numbers[0]:
+                divided = base_name(nodes[reader].target) in ("div", "truediv", "true_divide", "divide")
+                found[site] = found[reader] * abs(1 / numbers[0] if divided else numbers[0])
+    return found
 
 
 def _read(kind: type[_M], value: Any, where: str) -> _M:
@@ -93,7 +132,7 @@ def reasons(site: str, evidence: Evidence) -> list[dict[str, Any]]:
 
     A single entry says that none was found, where none was.
     """
-    finders = (_single_path, _outliers, _concentrated, _consumers, _tied, _loud)
+    finders = (_single_path, _outliers, _outlier_values, _concentrated, _exponent, _consumers, _tied, _loud)
     return [reason for find in finders for reason in find(site, evidence)] or [dict(NONE_FOUND)]
 
 
@@ -122,6 +161,39 @@ def _outliers(site: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
         yield {
             "reason": "outlier channels", "number": ratio,
             "text": f"outlier channels in {where}: {count}, the largest {ratio:.3g}× the median",
+        }  # fmt: skip
+
+
+def _outlier_values(site: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Few values far above the others; probabilities are left out, whose largest is near 1 by what they are."""
+    found, sites = evidence.activations.get(site), evidence.structure
+    if any(sites.site(name).op == OpKind.SOFTMAX for name in _origins(site, evidence)):
+        return
+    if found is None or not found.rms or found.max is None or found.max / found.rms < CREST:
+        return
+    crest = found.max / found.rms
+    yield {
+        "reason": "outlier values", "number": crest,
+        "text": f"outlier values: the largest magnitude is {crest:.3g}× the RMS",
+    }  # fmt: skip
+
+
+def _origins(site: str, evidence: Evidence) -> tuple[str, ...]:
+    """The site itself, or of an operand what computes its value."""
+    return (site,) if evidence.structure.site(site).id == site else evidence.feeds.get(site, ())
+
+
+def _exponent(site: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """A softmax turns the absolute error of its argument into a relative error of its probabilities."""
+    found = evidence.activations.get(site)
+    if site not in evidence.scales or found is None or not found.rms:
+        return
+    size = found.rms * evidence.scales[site]
+    if size * evidence.error >= EXPONENT:
+        yield {
+            "reason": "exponentiated by a softmax", "number": size * evidence.error,
+            "text": f"a softmax exponentiates it: an RMS of {size:.3g} with a relative error of {evidence.error:.2g} is an"
+            f" error of {size * evidence.error:.2g} in the exponent",
         }  # fmt: skip
 
 

@@ -73,12 +73,8 @@ class Sizes:
 def input_shapes(program: Program, batch: int | None = None, tokens: int | None = None) -> dict[str, tuple[int, ...]]:
     """Return the shape of every input: as traced, with ``batch`` samples and ``tokens`` positions where they are open.
 
-    The first dimension of an input is its samples, the second of a matrix of integers its positions. Raises
-    :class:`InputError` for numbers below 1, and where the trace has fixed another number.
+    The first dimension of an input is its samples, the second of a matrix of integers its positions.
     """
-    for name, value in (("batch", batch), ("tokens", tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
     found = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     defaults = [value for value in program.signature.defaults if isinstance(value, torch.Tensor)]

@@ -150,10 +150,9 @@ def structure(
     memory-bound ones. Raises :class:`InputError` for a program without sites, numbers below 1, a balance that is not
     positive, and sizes that the trace has fixed otherwise.
     """
+    check_options(batch=batch, tokens=tokens, balance=balance)
     if not program.sites:
         raise InputError("the program has no sites; run the passes tag-layers,tag-ops first")
-    if not (balance > 0 and math.isfinite(balance)):
-        raise InputError(f"the machine's balance {balance} must be a positive number of FLOP per byte")
     shapes = input_shapes(program, batch, tokens)
     sizes = Sizes(program, shapes)
     flow = dataflow(program)
@@ -185,6 +184,15 @@ def structure(
         flops=sum(r.flops for r in records), bytes_moved=sum(r.bytes_read + r.bytes_written for r in records),
         parameters=sum(t.numel() for t in unique), parameter_bytes=sum(t.nbytes for t in unique),
     )  # fmt: skip
+
+
+def check_options(*, batch: int | None, tokens: int | None, balance: float) -> None:
+    """Raise :class:`InputError` for what :func:`structure` cannot take whatever the program is."""
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    if not (balance > 0 and math.isfinite(balance)):
+        raise InputError(f"the machine's balance {balance} must be a positive number of FLOP per byte")
 
 
 def _bytes_read(flow: Dataflow, site: str, sizes: Sizes) -> int:
