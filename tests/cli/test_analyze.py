@@ -50,7 +50,8 @@ def test_with_a_map(aqnfx: Aqnfx, place: Place, mapped: Path, tmp_path: Path):
         (["--tokens", "0"], ["tokens 0 must be at least 1"]), (["--batch", "-1"], ["batch -1 must be at least 1"]),
         (["--balance", "0"], ["balance 0.0 must be a positive number"]), (["--balance", "nan"], ["balance nan"]),
         (["--top", "0"], ["top 0 must be at least 1"]), (["--map", "{root}/nowhere.json"], ["nowhere.json", "no such file"]),
-        (["--map", "{root}/file"], ["file", "truncated or not JSON"]), (["--map", "{root}"], ["sensitivity_map.json", "no such file"]),
+        (["--map", "{root}/file"], ["file", "truncated or not JSON"]),
+        (["--map", "{root}"], ["sensitivity_map.json", "no such file"]),
         (["--out", "{root}/file"], ["output directory", "file"]), (["--tokens", "many"], ["--tokens", "integer"]),
     ],
 )  # fmt: skip

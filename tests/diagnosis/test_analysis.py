@@ -139,8 +139,11 @@ def test_below_the_thresholds_there_is_no_reason(program: Program):
 def test_where_error_enters_and_what_happens_to_it(program: Program):
     found = record(program, **{DOWN: cost(4e-5)})
     found["per_layer_kl"] = {"0": 1e-5, "1": 3e-5}
-    found["per_layer_detail"] = {"0": {"levels": {"0.1": {"kl": 1e-5}}}, "1": {"levels": {"0.1": {"kl": 3e-5, "estimated": True}}}}
-    windows = [(2.0, [1.5, 3.0], "amplified"), (0.5, [0.4, 0.9], "absorbed"), (1.2, [0.9, 1.5], "not distinguishable from additive")]
+    found["per_layer_detail"] = {
+        "0": {"levels": {"0.1": {"kl": 1e-5}}}, "1": {"levels": {"0.1": {"kl": 3e-5, "estimated": True}}},
+    }  # fmt: skip
+    additive = "not distinguishable from additive"
+    windows = [(2.0, [1.5, 3.0], "amplified"), (0.5, [0.4, 0.9], "absorbed"), (1.2, [0.9, 1.5], additive)]
     found["windows"] = [
         {"layers": [i], "measured": 1e-4, "predicted": 1e-4, "amplification": a, "amplification_ci": ci}
         for i, (a, ci, _) in enumerate(windows)
