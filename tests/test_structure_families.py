@@ -122,3 +122,19 @@ def test_every_block_writes_to_the_residual_stream(name):
         if site.residual in ("read", "inside", "write"):
             assert site.merges_at in {add.id for add in adds}
             assert not site.single_path or name == "t5"
+
+
+def test_bytes_of_what_is_read_in_part():
+    _, program = traced("qwen2")
+    positions, size = BATCH * LENGTH, 4
+    found = structure(program, batch=BATCH, tokens=LENGTH)
+    table = found.site("model.embed_tokens:embedding:0")
+    assert table.bytes_read == positions * (32 * size + 8)  # the rows that are looked up, and the ids
+    rotary = found.site("model.layers.0.self_attn:rotary:0")
+    assert rotary.bytes_read == (positions * 32 + 2 * LENGTH * 8) * size  # the queries once, cosines and sines
+    _, program = traced("mixtral")
+    experts = "model.layers.0.mlp.experts:grouped_mm:0"
+    one, many = (structure(program, batch=1, tokens=tokens).site(experts) for tokens in (1, 20))
+    weight = many.parameter_bytes
+    assert weight == 4 * 32 * 128 * size
+    assert weight // 2 < one.bytes_read < weight < many.bytes_read  # two of four experts for one token

@@ -63,8 +63,8 @@ def coupling_groups(program: Program) -> tuple[CouplingGroup, ...]:
     found = [(TIED, group) for group in _tied(program, weights)]
     experts = list(_experts(program.graph, weights))
     found += [(EXPERTS, group) for group in experts]
-    routed = {site for group in experts for site in group}
-    choosers = {product for choice in _choices(program.graph) for product in _first_products(choice)}
+    routed = {site for group in experts for site in group}  # of many experts every two would be compared in vain
+    choosers = _choosers(program.graph, {place.node for place in weights})
     products = {
         place.node: place
         for place in weights
@@ -92,6 +92,33 @@ def _choices(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op == "call_function" and base_name(node.target) == "topk"]
 
 
+
+
+def _choosers(graph: Graph, readers: set[Node]) -> set[Node]:
+    """The products whose values only decide a choice: a router's, and an indexer's that picks what attention looks at."""
+    choices = set(_choices(graph))
+    behind: set[Node] = set()
+    ahead = list(choices)
+    while ahead:
+        for node in ahead.pop().all_input_nodes:
+            if node not in behind and node.op == "call_function":
+                behind.add(node)
+                if node not in readers:
+                    ahead.append(node)
+    return {node for node in behind & readers if not _reaches_past(node, choices, readers)}
+
+
+def _reaches_past(start: Node, choices: set[Node], readers: set[Node]) -> bool:
+    """Whether a value gets to another product with a weight, or to the output, on a path without a choice."""
+    seen, ahead = {start}, [start]
+    while ahead:
+        for user in ahead.pop().users:
+            if user in readers or user.op == "output":
+                return True
+            if user not in seen and user not in choices:
+                seen.add(user)
+                ahead.append(user)
+    return False
 
 
 def _experts(graph: Graph, weights: Iterable[Place]) -> Iterator[set[str]]:

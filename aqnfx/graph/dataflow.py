@@ -150,14 +150,14 @@ def residual_adds(flow: Dataflow) -> dict[str, tuple[str, frozenset[str], tuple[
         for skip, other in (bases, bases[::-1]):
             if skip is None or other is None or skip == other:
                 continue
-            branch, meets = _branch(flow, skip, other, order)
-            if meets and any(flow.parameters[s] and flow.sites[s].op not in _NO_PRODUCTS for s in branch):
+            branch = _branch(flow, skip, other, order)
+            if any(flow.parameters[s] and flow.sites[s].op not in _NO_PRODUCTS for s in branch):
                 found[add] = (skip, frozenset(branch), _writers(flow, other, branch))
     return found
 
 
-def _branch(flow: Dataflow, skip: str, other: str, order: dict[str, int]) -> tuple[set[str], bool]:
-    """The sites between ``skip`` and ``other``, and whether there is a path."""
+def _branch(flow: Dataflow, skip: str, other: str, order: dict[str, int]) -> set[str]:
+    """The sites on the paths from ``skip`` to ``other``, which is one of them; none where there is no path."""
     back, ahead = {other}, [other]
     while ahead:
         for site in flow.graph.predecessors(ahead.pop()):
@@ -165,9 +165,9 @@ def _branch(flow: Dataflow, skip: str, other: str, order: dict[str, int]) -> tup
                 back.add(site)
                 ahead.append(site)
     if skip not in back:
-        return set(), False
+        return set()
     branch: set[str] = set(nx.descendants(flow.graph.subgraph(back), skip))
-    return branch, True
+    return branch
 
 
 def _writers(flow: Dataflow, other: str, branch: set[str]) -> tuple[str, ...]:

@@ -148,6 +148,38 @@ def test_the_residual_stream(stacked: Program):
     assert single == ["inp:linear:0", *(f"blocks.{i}:add:{j}" for i in range(2) for j in range(2)), "head:linear:0"]
 
 
+class Plain(nn.Module):
+    """Additions that are no residual connection: around nothing with a weight, and of two unrelated values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return (h + h.tanh()) + self.b(x)
+
+
+def test_not_every_addition_is_a_residual_connection():
+    assert {site.residual for site in structure(traced(Plain(), 3, 5, 4)).sites} == {"outside"}
+
+
+class Expanded(nn.Module):
+    """One row, read for every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.expand(-1, 6, -1))
+
+
+def test_an_expanded_view_is_read_as_what_it_is_a_view_of():
+    (site,) = structure(traced(Expanded(), 3, 1, 4)).sites
+    assert (site.bytes_read, site.bytes_written) == ((3 * 4 + 16) * 4, 3 * 6 * 4 * 4)
+
+
 def test_a_composite_reads_its_input_once():
     found = structure(traced(Norm(8), 3, 7, 8))
     (norm,) = found.sites
