@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,36 +54,49 @@ class InsertFakeQuant(Pass):
             raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
 
     def run(self, program: Program) -> None:
-        """Insert the nodes, and register levels and ranges."""
+        """Insert the nodes."""
         chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
         ranges = _known(self.name, self.calibration, chosen) if self.calibration else {}
-        device = device_of(program.module)
-        shared: dict[tuple[Any, ...], Node] = {}
+        insert_nodes(
+            program, chosen, self.format, gradient=self.gradient, ranges=ranges, controls=self.controls, inserted_by=self.name
+        )
 
-        def buffer(name: str, value: torch.Tensor, site: Site) -> Node:
-            return control_buffer(program.module, name, value.to(device), inserted_by=self.name, site=site.id)
 
-        for site in chosen:
-            place, stem = program.places[site.id], stem_of(site.id)
-            masked = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
-            switch = low = high = None
-            key = (place.value, ranges.get(site.id), place.dim, place.channel_dim, masked)
-            if not self.controls and place.position is not None and key in shared:
-                place.node.update_arg(place.position, shared[key])
-                continue
-            if self.controls:
-                switch = add_switch(program.module, site.id, torch.ones(2), inserted_by=self.name)
-            if site.id in ranges:
-                if hasattr(program.module, f"{BUFFER_PREFIX}range_{stem}_low"):
-                    raise PassError(f"{self.name}: {site.id} has a calibrated range already; strip first")
-                low, high = (
-                    buffer(f"range_{stem}_{end}", torch.tensor(value), site)
-                    for end, value in zip(("low", "high"), ranges[site.id], strict=True)
-                )
-            args = (switch and switch[0], low, high, self.format, self.gradient, place.dim, place.channel_dim, masked)
-            node = shared[key] = insert_at(place, FAKE_QUANT, args, inserted_by=self.name, reroute=True)
-            if switch:
-                count_after(node, site.id, switch, inserted_by=self.name)
+def insert_nodes(
+    program: Program, chosen: Sequence[Site], fmt: str, *, inserted_by: str, gradient: str = "",
+    ranges: Mapping[str, Range] | None = None, controls: bool = False,
+) -> None:  # fmt: skip
+    """Put a node of the format ``fmt`` on each of the ``chosen`` sites, and register levels and ``ranges``.
+
+    The arguments are the options of :class:`InsertFakeQuant`; ``inserted_by`` is the pass that does it.
+    """
+    device, ranges = device_of(program.module), ranges or {}
+    shared: dict[tuple[Any, ...], Node] = {}
+
+    def buffer(name: str, value: torch.Tensor, site: Site) -> Node:
+        return control_buffer(program.module, name, value.to(device), inserted_by=inserted_by, site=site.id)
+
+    for site in chosen:
+        place, stem = program.places[site.id], stem_of(site.id)
+        masked = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
+        switch = low = high = None
+        key = (place.value, ranges.get(site.id), place.dim, place.channel_dim, masked)
+        if not controls and place.position is not None and key in shared:
+            place.node.update_arg(place.position, shared[key])
+            continue
+        if controls:
+            switch = add_switch(program.module, site.id, torch.ones(2), inserted_by=inserted_by)
+        if site.id in ranges:
+            if hasattr(program.module, f"{BUFFER_PREFIX}range_{stem}_low"):
+                raise PassError(f"{inserted_by}: {site.id} has a calibrated range already; strip first")
+            low, high = (
+                buffer(f"range_{stem}_{end}", torch.tensor(value), site)
+                for end, value in zip(("low", "high"), ranges[site.id], strict=True)
+            )
+        args = (switch and switch[0], low, high, fmt, gradient, place.dim, place.channel_dim, masked)
+        node = shared[key] = insert_at(place, FAKE_QUANT, args, inserted_by=inserted_by, reroute=True)
+        if switch:
+            count_after(node, site.id, switch, inserted_by=inserted_by)
 
 
 def _known(name: str, path: str, chosen: tuple[Site, ...]) -> dict[str, Range]:

@@ -16,6 +16,7 @@ BUILTIN = {
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
     "insert-accumulation": "aqnfx.passes.insert_accumulation:InsertAccumulation",
     "insert-fake-quant": "aqnfx.passes.insert_fake_quant:InsertFakeQuant",
+    "apply-plan": "aqnfx.passes.apply_plan:ApplyPlan",
     "insert-score": "aqnfx.passes.insert_score:InsertScore",
     "insert-capture": "aqnfx.passes.insert_capture:InsertCapture",
     "insert-scan": "aqnfx.passes.insert_scan:InsertScan",

@@ -1,0 +1,121 @@
+"""Assignments: which number format each module's operands are stored in, as a plan file says it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqnfx.errors import InputError, nearest
+from aqnfx.graph.operands import Place, origin
+from aqnfx.graph.program import Program
+from aqnfx.graph.sites import Role
+from aqnfx.numerics.formats import parse_format
+
+PLAN_SCHEMA = "aqnfx.plan/1"
+STORED = (Role.WEIGHT, Role.INPUT, Role.KEY, Role.VALUE)
+"""The operands that a plan assigns formats to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Formats of one module's operands by their canonical names; None: stored as the model has it."""
+
+    weight: str | None = None
+    input: str | None = None
+    key: str | None = None
+    value: str | None = None
+
+    def formats(self) -> dict[Role, str]:
+        """Return the formats that are set, by role."""
+        return {role: name for role in STORED if (name := getattr(self, str(role))) is not None}
+
+    def to_record(self) -> dict[str, str | None]:
+        """Return ``weight`` and ``input``, and ``key`` and ``value`` where one of them is set: a plan's JSON."""
+        caches = {"key": self.key, "value": self.value} if self.key or self.value else {}
+        return {"weight": self.weight, "input": self.input, **caches}
+
+
+def read_assignments(path: str | Path) -> dict[str, Assignment]:
+    """Return module -> assignment of a plan file; raises :class:`InputError` for any other file, in one line."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the plan {path} is truncated or not JSON: {str(error)[:200]}") from error
+    if not isinstance(record, dict) or record.get("schema") != PLAN_SCHEMA:
+        raise InputError(f"{path} is not a plan ({PLAN_SCHEMA}); make one by aqnfx plan MODEL --data FILE --out plan.json")
+    return parse_assignments(record.get("assignments"), str(path))
+
+
+def parse_assignments(found: Any, where: str) -> dict[str, Assignment]:
+    """Return module -> assignment from a plan's JSON value; raises :class:`InputError` naming what does not fit."""
+    if not isinstance(found, Mapping) or not found:
+        raise InputError(f"{where}: a plan needs 'assignments', module -> formats, and at least one")
+    return {str(module): _assignment(where, str(module), value) for module, value in found.items()}
+
+
+def _assignment(where: str, module: str, found: Any) -> Assignment:
+    roles = tuple(map(str, STORED))
+    if not isinstance(found, Mapping) or not found.keys() <= set(roles):
+        raise InputError(f"{where}: the assignment of {module} is {repr(found)[:80]}, not formats of {', '.join(roles)}")
+    names: dict[str, str] = {}
+    for role, text in found.items():
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"{where}: the {role} of {module} is {repr(text)[:80]}, not the text of a format")
+        try:
+            names[role] = parse_format(text).name
+        except InputError as error:
+            raise InputError(f"{where}: {module}: {error}") from error
+    return Assignment(**names)
+
+
+def operands_by_module(program: Program) -> dict[str, tuple[Place, ...]]:
+    """Return the operands that a plan can assign formats to, by the name that it calls their module, in execution order.
+
+    That is the module's name as in the checkpoint; where a module multiplies by several weights (the experts of a router),
+    the name of the weight. Keys and values stand under the module that computes the attention.
+    """
+    weights: dict[str, set[str]] = defaultdict(set)
+    parameters: dict[Any, str] = {}
+    for place in program.places.values():
+        if place.site.role is Role.WEIGHT and (source := origin(place.value)).op == "get_attr":
+            parameters[place.node] = str(source.target)
+            weights[place.site.module].add(str(source.target))
+    found: dict[str, list[Place]] = defaultdict(list)
+    for place in program.places.values():
+        role, module = place.site.role, place.site.module
+        if role in (Role.KEY, Role.VALUE):
+            found[module].append(place)
+        elif role in (Role.WEIGHT, Role.INPUT) and place.node in parameters:
+            several = len(weights[module]) > 1
+            found[parameters[place.node] if several else module].append(place)
+    return {module: tuple(places) for module, places in found.items()}
+
+
+def assigned_sites(program: Program, assignments: Mapping[str, Assignment]) -> dict[str, tuple[str, ...]]:
+    """Return format -> ids of the operands that are stored in it, every one of the assignments matched.
+
+    Raises :class:`InputError` for a module that the program does not have, or an operand that its module does not read.
+    """
+    known = operands_by_module(program)
+    missing = [module for module in assignments if module not in known]
+    if missing:
+        raise InputError(
+            f"the plan names {len(missing)} of {len(assignments)} modules that this model does not have, first "
+            f"{missing[0]!r}{nearest(missing[0], known)}; was it made for another model?"
+        )
+    found: dict[str, list[str]] = defaultdict(list)
+    for module, assignment in assignments.items():
+        for role, name in assignment.formats().items():
+            places = [place.site.id for place in known[module] if place.site.role is role]
+            if not places:
+                raise InputError(f"the plan stores the {role} of {module} in {name}, and that module reads no {role}")
+            found[name].extend(places)
+    return {name: tuple(sites) for name, sites in found.items()}

@@ -1,0 +1,1 @@
+"""Sensitivity and a budget -> a precision plan."""

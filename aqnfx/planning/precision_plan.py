@@ -1,0 +1,84 @@
+"""PrecisionPlan: the precision of every part of a model, what it costs, and where that is known from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from aqnfx.errors import InputError
+from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, parse_assignments
+from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.program import Program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionPlan:
+    """One plan as plain JSON values; every field is the key of the same name in the record.
+
+    ``assignments``: module -> formats, with the names of the checkpoint. ``avg_bits``: bits per planned weight without
+    scales, ``effective_bits`` with them, ``bytes``: what the planned weights take, scales included. ``model``: ``name``,
+    ``digest`` (of names, shapes and values), ``model_type``. ``budget``: ``kind``, ``value`` and ``used``. ``rule``: how
+    formats were chosen. ``coupling``: ``mode``, ``groups`` of modules that share their formats, and ``kl`` that sharing costs
+    (None where it was not asked). ``modules``: module -> ``parameters``, ``chosen`` and, per option of the menu, ``bits``
+    and the predicted ``kl`` and ``se`` of that module alone. ``predicted``: ``kl`` in nats per token of the whole plan,
+    interactions included, its standard errors ``se`` for other samples and ``se_here`` for those that chose, what was measured
+    on these (``measured_here``), and ``additive_kl``, the sum over modules. ``measured``: scores of the plan on samples
+    that chose nothing (empty where none were kept); ``compared``: the same of uniform plans. ``frontier``: plans over
+    budgets. ``provenance``: versions, data, seeds.
+    """
+
+    model: dict[str, Any]
+    assignments: dict[str, Assignment]
+    avg_bits: float
+    effective_bits: float
+    bytes: int
+    budget: dict[str, Any] = field(default_factory=dict)
+    rule: str = "optimal"
+    coupling: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    compared: list[dict[str, Any]] = field(default_factory=list)
+    frontier: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values, schema ``aqnfx.plan/1``."""
+        record = {"schema": PLAN_SCHEMA} | {item.name: getattr(self, item.name) for item in fields(self)}
+        return record | {"assignments": {module: found.to_record() for module, found in self.assignments.items()}}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str = "the plan") -> PrecisionPlan:
+        """Return the plan of a record; raises :class:`InputError` in one line for one that is none, or was changed."""
+        if record.get("schema") != PLAN_SCHEMA:
+            raise InputError(f"{where}: expected schema {PLAN_SCHEMA!r}, found {record.get('schema')!r}")
+        kinds: dict[str, tuple[type, ...]] = {
+            "avg_bits": (int, float), "effective_bits": (int, float), "bytes": (int,), "rule": (str,), "notes": (list,),
+            "compared": (list,), "frontier": (list,),
+        }  # fmt: skip
+        given: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name not in record:
+                if item.name in ("model", "assignments", "avg_bits", "effective_bits", "bytes"):
+                    raise InputError(f"{where}: {item.name!r} is missing; the file is not whole")
+                continue
+            value = record[item.name]
+            if not isinstance(value, kinds.get(item.name, (dict,))) or isinstance(value, bool):
+                raise InputError(f"{where}: {item.name!r} is {repr(value)[:80]}, of another type than a plan has")
+            given[item.name] = value
+        for name in ("avg_bits", "effective_bits", "bytes"):
+            if not (math.isfinite(given[name]) and given[name] >= 0):
+                raise InputError(f"{where}: {name!r} is {given[name]}, not a size")
+        return cls(**given | {"assignments": parse_assignments(given["assignments"], where)})
+
+
+def check_model(plan: PrecisionPlan, program: Program, path: str | Path) -> None:
+    """Raise :class:`InputError` where the plan was made for other weights than those of ``program``."""
+    made_for = plan.model.get("digest")
+    if made_for is not None and made_for != model_digest(program):
+        name = plan.model.get("name", "another model")
+        raise InputError(f"{path} was made for {name}, whose weights are not those of the model given; make a plan for this one")
