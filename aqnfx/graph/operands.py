@@ -122,15 +122,18 @@ def _second(node: Node, position: int) -> tuple[int, Role, int, int]:
 
 def origin(node: Node) -> Node:
     """Return the node that ``node`` is a view, selection, cast or perturbed copy of."""
-    while True:
-        if get_tag(node).inserted_by is not None:
-            if (before := _replaced(node)) is None:
-                return node
-            node = before
-        elif is_move(node) and node.args and isinstance(node.args[0], Node):
-            node = node.args[0]
-        else:
-            return node
+    while (before := one_back(node)) is not None:
+        node = before
+    return node
+
+
+def one_back(node: Node) -> Node | None:
+    """Return the node that ``node`` is directly a view, selection, cast or perturbed copy of, None where it computes."""
+    if get_tag(node).inserted_by is not None:
+        return _replaced(node)
+    if is_move(node) and node.args and isinstance(node.args[0], Node):
+        return node.args[0]
+    return None
 
 
 def read_as_returned(places: Mapping[str, Place]) -> dict[str, str]:
