@@ -9,12 +9,13 @@ import typer
 
 def command(
     plan: Path = typer.Argument(help="File of a plan (schema aqnfx.plan/1)."),
-    to: str = typer.Option(..., "--to", help="Target: torchao, compressed-tensors."),
+    to: str = typer.Option(..., "--to", help="Target: torchao, compressed-tensors, python, pt2."),
     out: Path = typer.Option(..., "--out", help="Folder or file to write, which may not hold anything yet."),
     model: str = typer.Option(None, "--model", help="Model directory or hub id (default: what the plan names)."),
     dtype: str = typer.Option(
         None, "--dtype", help="What a checkpoint stores everything else in (default: auto, as the model's own file has it)."
     ),
+    pipeline: str = typer.Option(None, "--pipeline", "-p", help="Passes to run after the plan's, for python and pt2."),
     json_output: bool = typer.Option(False, "--json", help="Print what was written as JSON and nothing else."),
 ) -> None:
     """Write a plan for another program: a quantised checkpoint, a config, a graph. All of it or nothing."""
@@ -28,7 +29,7 @@ def command(
 
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
-    given = {name: value for name, value in {"dtype": dtype}.items() if value is not None}
+    given = {name: value for name, value in {"dtype": dtype, "pipeline": pipeline}.items() if value is not None}
     found = export_plan(plan, to, out, model=model, **given)
     if json_output:
         print(json.dumps(found.to_record()))

@@ -34,6 +34,10 @@ TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(
         module="aqnfx.export.compressed_tensors", function="export_compressed_tensors", folder=True, options=("dtype",)
     ),
+    "python": Target(
+        module="aqnfx.export.python_source", function="export_python", folder=True, options=("pipeline",)
+    ),
+    "pt2": Target(module="aqnfx.export.pt2", function="export_pt2", folder=False, options=("pipeline",)),
 }
 
 

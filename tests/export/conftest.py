@@ -48,8 +48,8 @@ class Case:
 
     def job(self, formats: dict[str, dict[str, str]], **fields: Any) -> Job:
         """What open_plan gives, with the Program that there is already."""
-        plan = self.plan(formats, **fields)
-        return Job(path="plan.json", plan=plan, model=load_model(str(self.checkpoint)), program=self.clean)
+        path = self.write(formats, **fields) if formats else "plan.json"
+        return Job(path=str(path), plan=self.plan(formats, **fields), model=load_model(str(self.checkpoint)), program=self.clean)
 
     def planned(self, formats: dict[str, dict[str, str]]) -> Program:
         return aqnfx.Pipeline.parse(f'apply-plan{{plan="{self.write(formats)}"}}')(self.clean)
