@@ -9,7 +9,7 @@ import typer
 
 def command(
     plan: Path = typer.Argument(help="File of a plan (schema aqnfx.plan/1)."),
-    to: str = typer.Option(..., "--to", help="Target: torchao, compressed-tensors, python, pt2."),
+    to: str = typer.Option(..., "--to", help="Target: torchao, compressed-tensors, onnx, modelopt, python or pt2."),
     out: Path = typer.Option(..., "--out", help="Folder or file to write, which may not hold anything yet."),
     model: str = typer.Option(None, "--model", help="Model directory or hub id (default: what the plan names)."),
     dtype: str = typer.Option(

@@ -42,7 +42,7 @@ def _options(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Where torchao is installed transformers imports it, and it reports every optional kernel that it cannot load.
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if debug:
         os.environ["AQNFX_DEBUG"] = "1"

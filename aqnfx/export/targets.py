@@ -34,6 +34,8 @@ TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(
         module="aqnfx.export.compressed_tensors", function="export_compressed_tensors", folder=True, options=("dtype",)
     ),
+    "onnx": Target(module="aqnfx.export.onnx", function="export_onnx", folder=True),
+    "modelopt": Target(module="aqnfx.export.modelopt", function="export_modelopt", folder=False),
     "python": Target(
         module="aqnfx.export.python_source", function="export_python", folder=True, options=("pipeline",)
     ),

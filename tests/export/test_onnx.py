@@ -1,0 +1,130 @@
+"""ONNX files: onnxruntime returns what the Program returns; the integers are those of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+from aqnfx.errors import InputError
+from aqnfx.export.job import Exported
+from aqnfx.export.onnx import export_onnx
+from aqnfx.numerics.formats import parse_format
+from tests.export.conftest import Case, batch, kl
+
+Q, K, V = (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
+GATE, UP, DOWN = (f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down"))
+WEIGHTS = {
+    Q: {"weight": "int8:row"}, K: {"weight": "int4:g32"}, V: {"weight": "int4:row:asym"}, GATE: {"weight": "int8:g16:asym"},
+    UP: {"weight": "int8:tensor"}, DOWN: {"weight": "int4:g32:fp32"}, "model.embed_tokens": {"weight": "int8:row"},
+}  # fmt: skip
+INPUTS = {
+    Q: {"weight": "int8:row", "input": "int8:token"}, K: {"weight": "int4:g32", "input": "int8:g32"},
+    DOWN: {"input": "int4:token"}, UP: {"input": "int8:tensor"},
+    "model.layers.1.self_attn": {"key": "int8:row", "value": "int8:row"},
+}  # fmt: skip
+
+
+def run(path: Path, given: dict[str, torch.Tensor], accuracy: str = "1") -> torch.Tensor:
+    """Logits of onnxruntime, which by default (4) rounds the inputs of 4-bit products to 8 bits; 1 is float32."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy)
+    session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in given.items()})
+    return torch.from_numpy(logits)
+
+
+def longer() -> dict[str, torch.Tensor]:
+    found = {name: value.repeat(2, 2) for name, value in batch().items()}
+    found["attention_mask"][0, 15:] = 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(case: Case) -> dict[str, Exported]:
+    """Exporting takes seconds, so tests share two."""
+    return {name: export_onnx(case.job(formats), case.new()) for name, formats in (("weights", WEIGHTS), ("inputs", INPUTS))}
+
+
+@pytest.mark.parametrize("name", ["weights", "inputs"])
+@torch.no_grad()
+def test_onnxruntime_returns_what_the_program_returns(case: Case, written: dict[str, Exported], name: str) -> None:
+    found, formats = written[name], {"weights": WEIGHTS, "inputs": INPUTS}[name]
+    program = case.planned(formats)
+    for given in (batch(), longer()):
+        keep = given["attention_mask"].bool()
+        theirs, ours, clean = (z[keep] for z in (run(found.path, given), program(**given).logits, case.clean(**given).logits))
+        assert kl(ours, theirs) < 1e-3 * kl(clean, ours)
+        torch.testing.assert_close(theirs, ours, atol=5e-3 if formats is INPUTS else 1e-5, rtol=0.0)
+
+
+def test_weights_are_stored_as_integers(written: dict[str, Exported]) -> None:
+    model = onnx.load(written["weights"].path / "model.onnx")
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 21
+    assert not [node.op_type for node in model.graph.node if node.domain == "aqnfx"]
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    scaled = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert len(scaled) == len(WEIGHTS)
+    integers = sorted(kinds[node.input[0]] for node in scaled)
+    assert integers == sorted([TensorProto.INT8] * 3 + [TensorProto.INT4] * 2 + [TensorProto.UINT4, TensorProto.UINT8])
+    for name in WEIGHTS:
+        assert f"graph_module.{name}.weight" not in kinds
+
+
+def test_the_file_shrinks_as_planned(case: Case, written: dict[str, Exported]) -> None:
+    shapes = {name: tuple(case.weight(name).shape) for name in WEIGHTS}
+    planned = sum(parse_format(formats["weight"]).stored_bits(shapes[name]) // 8 for name, formats in WEIGHTS.items())
+    found = written["weights"]
+    assert found.planned_bytes == planned
+    assert found.stored_bytes is not None
+    wide = 2 * shapes[K][0] * shapes[K][1] // 32  # the bfloat16 scales of int4:g32, in float32
+    assert planned + wide <= found.stored_bytes < planned + wide + 2 * shapes[GATE][0] + shapes[V][0]
+    model = onnx.load(found.path / "model.onnx")
+    total = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    others = 4 * (sum(p.numel() for p in case.job({}).model.parameters()) - sum(a * b for a, b in shapes.values()))
+    assert abs(total - others - found.stored_bytes) < 1000  # a few constants
+
+
+@torch.no_grad()
+def test_a_tied_embedding_is_not_quantised_with_the_head(tied: Case) -> None:
+    formats = {"lm_head": {"weight": "int4:row"}}
+    found = export_onnx(tied.job(formats), tied.new())
+    model = onnx.load(found.path / "model.onnx")
+    floats = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    gathered = [floats[node.input[0]] for node in model.graph.node if node.op_type == "Gather" and node.input[0] in floats]
+    embedding = tied.weight("model.embed_tokens").numpy()
+    assert [np.array_equal(onnx.numpy_helper.to_array(table), embedding) for table in gathered] == [True]
+    assert [node.op_type for node in model.graph.node].count("DequantizeLinear") == 1
+    torch.testing.assert_close(run(found.path, batch()), tied.planned(formats)(**batch()).logits, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("formats", "words"),
+    [
+        ({DOWN: {"weight": "int3:row"}}, "cannot store the weight of model.layers.0.mlp.down_proj in int3:row"),
+        ({DOWN: {"weight": "mxfp4"}}, "what works: int8 and int4"),
+        ({DOWN: {"weight": "fp8_e4m3:row"}}, "no such integers"),
+        ({DOWN: {"weight": "int8:row", "input": "int8:token:asym"}}, "zero points that are read off the values"),
+        ({DOWN: {"weight": "int8:g40"}}, "groups of 40 and rows of 96"),
+    ],
+)
+def test_what_qdq_does_not_have_is_refused(case: Case, formats: dict[str, dict[str, str]], words: str) -> None:
+    job, out = case.job(formats), case.new()
+    with pytest.raises(InputError) as error:
+        export_onnx(job, out)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_other_dtypes_are_refused(case: Case) -> None:
+    job = case.job({DOWN: {"weight": "int8:row"}})
+    job.model.to(torch.bfloat16)
+    with pytest.raises(InputError, match="onnx exports float32"):
+        export_onnx(job, case.new())
+
