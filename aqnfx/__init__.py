@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aqnfx.diagnosis.activation_capture import ActivationCapture as ActivationCapture
+    from aqnfx.diagnosis.analysis import Analysis as Analysis
+    from aqnfx.diagnosis.analysis import analyze as analyze
     from aqnfx.diagnosis.diagnose import diagnose as diagnose
     from aqnfx.diagnosis.scan import Scan as Scan
     from aqnfx.diagnosis.scan import scan as scan
@@ -33,6 +35,8 @@ _LAZY = {
     "OpKind": "aqnfx.graph.opkinds",
     "Pipeline": "aqnfx.passes.pipeline",
     "diagnose": "aqnfx.diagnosis.diagnose",
+    "analyze": "aqnfx.diagnosis.analysis",
+    "Analysis": "aqnfx.diagnosis.analysis",
     "scan": "aqnfx.diagnosis.scan",
     "Scan": "aqnfx.diagnosis.scan",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",

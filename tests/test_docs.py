@@ -82,6 +82,7 @@ def _default(value: Any) -> str:
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "diagnose-flags": ("docs/guide.md", lambda: flags_table("diagnose")),
     "scan-flags": ("docs/formats.md", lambda: flags_table("scan")),
+    "analyze-flags": ("docs/analysis.md", lambda: flags_table("analyze")),
     "passes": ("docs/passes.md", passes_table),
 }
 
@@ -112,6 +113,13 @@ def test_every_field_of_the_map_is_described() -> None:
     described = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/artifacts.md").read_text("utf-8"), re.MULTILINE))
     missing = {f.name for f in dataclasses.fields(SensitivityMap)} - {"extra"} - described
     assert not missing
+
+
+def test_every_field_of_a_site_of_an_analysis_is_described() -> None:
+    from aqnfx.graph.structure import SiteStructure
+
+    described = set(re.findall(r"`(\w+)`", block("docs/artifacts.md", "analysis-sites")))
+    assert {f.name for f in dataclasses.fields(SiteStructure)} <= described
 
 
 def test_every_family_is_listed() -> None:

@@ -1,25 +1,34 @@
-"""The static structure of tiny models of many families: coupling groups."""
+"""The static structure of tiny models of many families: FLOPs, bytes and coupling groups."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import aqnfx
 from aqnfx.graph.coupling import coupling_groups
 from aqnfx.graph.program import Program
-from tests.families import build
+from aqnfx.graph.structure import structure
+from tests.families import FAMILIES, build, inputs
 
+BLOCKS = 2
 SHARED, TIED, EXPERTS = "shared input", "tied weight", "experts of one router"
 
 
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Program]:
     """Return (model, tagged program) of a family."""
-    model = build(name, **({"tie_word_embeddings": True} if name == "qwen2" else {}))
+    depth = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in FAMILIES[name].options)
+    model = build(name, **{depth: BLOCKS}, **({"tie_word_embeddings": True} if name == "qwen2" else {}))
     return model, aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(model))
 
 
@@ -57,9 +66,75 @@ def test_coupling_groups(name):
     _, program = traced(name)
     once, each = COUPLED[name]
     found = coupling_groups(program)
-    expected = once | {text % layer: reason for text, reason in each.items() for layer in range(3)}
+    expected = once | {text % layer: reason for text, reason in each.items() for layer in range(BLOCKS)}
     assert {group.name: group.reason for group in found} == expected
     order = list(program.places)
     for group in found:
         assert list(group.sites) == sorted(group.sites, key=order.index)
         assert all(site.endswith(":weight") for site in group.sites)
+
+
+BATCH, LENGTH = 2, 20
+COUNTED = ["qwen2", "gpt2", "phi3", "mixtral", "t5", "falcon", "gptj", "mamba", "bert", "vit"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_flops_are_those_of_the_flop_counter(name):
+    model, program = traced(name)
+    length = LENGTH if FAMILIES[name].any_length else 13
+    found = structure(program, batch=BATCH, tokens=None if name == "vit" else length)
+    arguments: dict[str, Any] = inputs(name, BATCH, length)
+    if name == "t5":
+        arguments["decoder_input_ids"] = arguments["input_ids"]
+    config: Any = model.config
+    if name == "mixtral":
+        config._experts_implementation = "eager"  # the counter does not look into the operator of all experts
+    # It does not know the fused attention of the CPU either, but the products that it stands for.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**arguments)
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert found.inputs[program.signature.tensor_names[0]][0] == BATCH
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameter_bytes_are_those_of_the_checkpoint(name, tmp_path: Path):
+    model, program = traced(name)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118  (no mapping)
+    found = structure(program)
+    assert found.parameter_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert found.parameters == sum(tensor.numel() for tensor in tensors)
+    tied = sum(site.parameter_bytes for site in found.sites) > found.parameter_bytes
+    assert tied == any(group.reason == TIED for group in found.groups)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_block_writes_to_the_residual_stream(name):
+    _, program = traced(name)
+    found = structure(program)
+    adds = [site for site in found.sites if site.residual == "stream" and site.op == "add"]
+    per_block = {"falcon": 1, "gptj": 1, "mamba": 1}.get(name, 2)  # attention and mlp are added up first, or are one
+    expected = BLOCKS * (2 + 3 if name == "t5" else per_block)
+    assert len(adds) - (adds[0].layer is None) == expected  # bert and gpt2 add embeddings before
+    assert all(site.reaches_output for site in found.sites if site.parameters)
+    for site in found.sites:
+        if site.residual in ("read", "inside", "write"):
+            assert site.merges_at in {add.id for add in adds}
+            assert not site.single_path or name == "t5"
+
+
+def test_bytes_of_what_is_read_in_part():
+    _, program = traced("qwen2")
+    positions, size = BATCH * LENGTH, 4
+    found = structure(program, batch=BATCH, tokens=LENGTH)
+    table = found.site("model.embed_tokens:embedding:0")
+    assert table.bytes_read == positions * (32 * size + 8)  # the rows that are looked up, and the ids
+    rotary = found.site("model.layers.0.self_attn:rotary:0")
+    assert rotary.bytes_read == (positions * 32 + 2 * LENGTH * 8) * size  # the queries once, cosines and sines
+    _, program = traced("mixtral")
+    experts = "model.layers.0.mlp.experts:grouped_mm:0"
+    one, many = (structure(program, batch=1, tokens=tokens).site(experts) for tokens in (1, 20))
+    weight = many.parameter_bytes
+    assert weight == 4 * 32 * 128 * size
+    assert weight // 2 < one.bytes_read < weight < many.bytes_read  # two of four experts for one token

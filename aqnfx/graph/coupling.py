@@ -10,11 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-from aqnfx.graph.composites import is_move
-from aqnfx.graph.operands import Place, one_back, origin
+from aqnfx.graph.operands import Place, origin, value_key
 from aqnfx.graph.opkinds import OpKind, base_name
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
@@ -26,12 +24,6 @@ REASONS = (TIED, EXPERTS, SHARED)
 
 _LINEAR_LIKE = frozenset({OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM, OpKind.GROUPED_MM})
 _ATTENTION = frozenset({OpKind.SDPA, OpKind.MATMUL, OpKind.BMM})
-# Moves that keep every value, in another shape or dtype; the other moves select, so what they return is another input.
-_WHOLE = frozenset({
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "contiguous", "clone",
-    "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16", "unsqueeze", "squeeze", "flatten",
-    "unflatten", "dropout", "movedim", "swapaxes", "swapdims", "expand", "expand_as", "identity", "lift_fresh",
-})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +63,8 @@ def coupling_groups(program: Program) -> tuple[CouplingGroup, ...]:
     found = [(TIED, group) for group in _tied(program, weights)]
     experts = list(_experts(program.graph, weights))
     found += [(EXPERTS, group) for group in experts]
-    routed = {site for group in experts for site in group}
-    choosers = {product for choice in _choices(program.graph) for product in _first_products(choice)}
+    routed = {site for group in experts for site in group}  # of many experts every two would be compared in vain
+    choosers = _choosers(program.graph, {place.node for place in weights})
     products = {
         place.node: place
         for place in weights
@@ -102,6 +94,33 @@ def _choices(graph: Graph) -> list[Node]:
 
 
 
+def _choosers(graph: Graph, readers: set[Node]) -> set[Node]:
+    """The products whose values only decide a choice: a router's, and an indexer's that picks what attention looks at."""
+    choices = set(_choices(graph))
+    behind: set[Node] = set()
+    ahead = list(choices)
+    while ahead:
+        for node in ahead.pop().all_input_nodes:
+            if node not in behind and node.op == "call_function":
+                behind.add(node)
+                if node not in readers:
+                    ahead.append(node)
+    return {node for node in behind & readers if not _reaches_past(node, choices, readers)}
+
+
+def _reaches_past(start: Node, choices: set[Node], readers: set[Node]) -> bool:
+    """Whether a value gets to another product with a weight, or to the output, on a path without a choice."""
+    seen, ahead = {start}, [start]
+    while ahead:
+        for user in ahead.pop().users:
+            if user in readers or user.op == "output":
+                return True
+            if user not in seen and user not in choices:
+                seen.add(user)
+                ahead.append(user)
+    return False
+
+
 def _experts(graph: Graph, weights: Iterable[Place]) -> Iterator[set[str]]:
     """The products of each router's experts; routers that choose in several steps are one."""
     products: dict[Node, list[str]] = collections.defaultdict(list)
@@ -114,7 +133,7 @@ def _experts(graph: Graph, weights: Iterable[Place]) -> Iterator[set[str]]:
             continue
         steered, mixed = _steered(graph, choice)
         seen |= steered
-        inputs = {_value_key(p.args[0])[0] for p in _first_products(choice) if p.args and isinstance(p.args[0], Node)}
+        inputs = {value_key(p.args[0])[0] for p in _first_products(choice) if p.args and isinstance(p.args[0], Node)}
         inside = steered | {node for value in mixed for node in _between(value, inputs)}
         group = {site for node, sites in products.items() if node in inside for site in sites}
         yield group - {site for node in _first_products(choice) for site in products.get(node, [])}
@@ -177,7 +196,7 @@ def _shared(products: dict[Node, Place], readers: set[Node]) -> Iterator[set[str
         position = 1 if base_name(node.target) in ("addmm", "baddbmm") else 0
         value = node.args[position]
         if place.position != position and isinstance(value, Node):
-            by_input[_layer(node), _value_key(value)].append(node)
+            by_input[_layer(node), value_key(value)].append(node)
     order = {node: index for index, node in enumerate(next(iter(products)).graph.nodes)} if products else {}
     for nodes in by_input.values():
         ahead = {node: _ahead(node, readers, order) for node in nodes} if len(nodes) > 1 else {}
@@ -228,24 +247,6 @@ def _fuse(one: _Ahead, other: _Ahead) -> bool:
 def _layer(node: Node) -> tuple[str | None, int | None]:
     tag = get_tag(node)
     return tag.stack, tag.layer
-
-
-def _value_key(node: Node) -> tuple[Node, tuple[Any, ...]]:
-    """What two reads of the same value have in common: where it was computed, and which part of it was taken."""
-    parts: list[Any] = []
-    while (before := one_back(node)) is not None:
-        if is_move(node) and base_name(node.target) not in _WHOLE and not _is_whole_slice(node):
-            parts.append((base_name(node.target), str(node.args[1:]), str(node.kwargs)))
-        node = before
-    return node, tuple(parts)
-
-
-def _is_whole_slice(node: Node) -> bool:
-    """``x[:]``, which traced models are full of."""
-    start, end, step = (*node.args[2:5], *(None,) * 3)[:3]
-    whole = (0, None), (torch.iinfo(torch.int64).max, None), (1, None)
-    numbers = all(value is None or isinstance(value, int) for value in (start, end, step))
-    return base_name(node.target) == "slice" and numbers and all(v in w for v, w in zip((start, end, step), whole, strict=True))
 
 
 def _merged(found: Iterable[tuple[str, set[str]]]) -> list[tuple[set[str], str]]:

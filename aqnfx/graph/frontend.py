@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def trace(
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
     *,
     dynamic_shapes: Any = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str = "cpu",
     sequence_length: int | None = None,
     allow_unsafe_pt2: bool = False,
@@ -42,9 +42,9 @@ def trace(
     ``model`` is an ``nn.Module``, an ``ExportedProgram``, a local Hugging Face directory, a hub id, ``"tinygsm"`` (the
     embedded model), or a ``.pt2`` file (only with ``allow_unsafe_pt2``, since loading one can run code). ``inputs`` is
     ``(args, kwargs)``; without it they are made from the model's config. Batch and sequence are dynamic where the
-    model allows; a dimension that had to be fixed is named in ``Program.notes``. ``dtype`` and ``device`` apply to
-    models that are loaded here. Raises :class:`ModelError` when the model cannot be loaded, :class:`TraceError` when
-    it cannot be traced.
+    model allows; a dimension that had to be fixed is named in ``Program.notes``. ``dtype`` ("auto": that of the
+    checkpoint) and ``device`` apply to models that are loaded here. Raises :class:`ModelError` when the model cannot be
+    loaded, :class:`TraceError` when it cannot be traced.
     """
     started = time.perf_counter()
     if isinstance(model, (str, Path)):
@@ -81,7 +81,7 @@ SPREAD = "auto"
 """The device that means: over all accelerators of this machine, layer by layer."""
 
 
-def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def load_model(name: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32, device: str = "cpu") -> nn.Module:
     """Load a Hugging Face model in evaluation mode, of the class that its config names.
 
     ``name`` is a local directory, a hub id, or ``"tinygsm"``. ``device`` "auto" puts its layers one after the other on

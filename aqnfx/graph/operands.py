@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from aqnfx.graph.composites import is_move, users
@@ -21,6 +23,14 @@ PRODUCTS = frozenset({
     OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM, OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM,
 })  # fmt: skip
 """The kinds of operations whose operands are sites."""
+
+
+# Moves that keep every value, in another shape or dtype; the other moves select, so what they return is another input.
+_WHOLE = frozenset({
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "contiguous", "clone",
+    "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16", "unsqueeze", "squeeze", "flatten",
+    "unflatten", "dropout", "movedim", "swapaxes", "swapdims", "expand", "expand_as", "identity", "lift_fresh",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,6 +144,24 @@ def one_back(node: Node) -> Node | None:
     if is_move(node) and node.args and isinstance(node.args[0], Node):
         return node.args[0]
     return None
+
+
+def value_key(node: Node) -> tuple[Node, tuple[Any, ...]]:
+    """Return what two reads of the same value have in common: the node that computes it, and which part of it was taken."""
+    parts: list[Any] = []
+    while (before := one_back(node)) is not None:
+        if is_move(node) and base_name(node.target) not in _WHOLE and not _is_whole_slice(node):
+            parts.append((base_name(node.target), str(node.args[1:]), str(node.kwargs)))
+        node = before
+    return node, tuple(parts)
+
+
+def _is_whole_slice(node: Node) -> bool:
+    """``x[:]``, which traced models are full of."""
+    start, end, step = (*node.args[2:5], *(None,) * 3)[:3]
+    whole = (0, None), (torch.iinfo(torch.int64).max, None), (1, None)
+    numbers = all(value is None or isinstance(value, int) for value in (start, end, step))
+    return base_name(node.target) == "slice" and numbers and all(v in w for v, w in zip((start, end, step), whole, strict=True))
 
 
 def read_as_returned(places: Mapping[str, Place]) -> dict[str, str]:

@@ -140,8 +140,8 @@ def test_env(aqnfx: Aqnfx) -> None:
 def test_no_command_shows_the_help(aqnfx: Aqnfx) -> None:
     ended = aqnfx()
     assert ended.code == 2
-    assert all(name in ended.out + ended.err for name in ("demo", "trace", "opt", "diagnose", "scan", "env"))
-    for command in ("demo", "trace", "opt", "diagnose", "scan", "env"):
+    assert all(name in ended.out + ended.err for name in ("demo", "trace", "opt", "diagnose", "scan", "analyze", "env"))
+    for command in ("demo", "trace", "opt", "diagnose", "scan", "analyze", "env"):
         ended = aqnfx(command, "--help")
         assert ended.code == 0
         assert ended.err == ""

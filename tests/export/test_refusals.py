@@ -119,6 +119,7 @@ def test_the_command_line(case: Case, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "bytes stored" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
-    done = run(str(plan), "--to", "torchao", "--out", "out")
+    done = run(str(plan), "--to", "torchoa", "--out", "other")
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-    assert "is not empty" in done.stderr
+    assert "did you mean 'torchao'" in done.stderr
+    assert not (tmp_path / "other").exists()

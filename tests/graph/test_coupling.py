@@ -64,6 +64,21 @@ class Latent(nn.Module):
         return x + self.out(attend(self.q_b(self.q_a(h)), self.k_b(latent), self.v_b(latent)))
 
 
+class Indexed(nn.Module):
+    """A small product of its own picks the tokens that attention looks at (DeepSeek-V3.2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.k, self.v, self.o = Norm(W), linear(), linear(), linear(), linear()
+        self.index_q, self.index_k = linear(W, 4), linear(W, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        chosen = torch.matmul(self.index_q(h), self.index_k(h).transpose(-1, -2)).topk(2, -1).indices
+        mask = torch.full(x.shape[:2] + x.shape[1:2], -1e4).scatter(-1, chosen, 0.0)
+        return x + self.o(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h), mask))
+
+
 class Halves(nn.Module):
     """Two products that read different halves of one value: no shared input."""
 
@@ -74,6 +89,18 @@ class Halves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.norm(x).chunk(2, -1)
         return x + self.out(self.a(left) * self.b(right))
+
+
+class Whole(nn.Module):
+    """The same value twice, once through a slice that takes all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.out = Norm(W), linear(), linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.out(self.a(torch.ops.aten.slice(h, 1)) * self.b(h.unsqueeze(0)).squeeze(0))
 
 
 class DenseExperts(nn.Module):
@@ -96,6 +123,22 @@ class DenseExperts(nn.Module):
             routed = routed + down(F.silu(up(h))) * weight[..., number : number + 1]
         shared = self.shared_down(F.silu(self.shared_gate(h)) * self.shared_up(h))
         return x + routed + torch.sigmoid(self.mix(h)) * shared
+
+
+class Combined(nn.Module):
+    """Experts on every token whose results a product with the router's weights combines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = Norm(W), linear(W, 2)
+        self.up, self.down = (nn.ModuleList(linear() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        best, index = self.router(h).topk(1, -1)
+        weight = torch.zeros(*h.shape[:-1], 2).scatter(-1, index, best).unsqueeze(-2)
+        results = [down(F.gelu(up(h))) for up, down in zip(self.up, self.down, strict=True)]
+        return x + torch.matmul(weight, torch.stack(results, -2)).squeeze(-2)
 
 
 class Batched(nn.Module):
@@ -127,12 +170,15 @@ SHARED, TIED, EXPERTS = "shared input", "tied weight", "experts of one router"
 CASES: dict[str, tuple[type[nn.Module], dict[str, str]]] = {
     "gate and up, fused qkv": (Block, {"{}.{{gate,up}}": SHARED}),
     "attention beside the mlp": (Parallel, {"{}.{{q,k,v}}": SHARED}),
+    "attention with an indexer": (Indexed, {"{}.{{q,k,v}}": SHARED}),
     "latents": (Latent, {"{}.{{kv_a,q_a}}": SHARED, "{}.{{k_b,v_b}}": SHARED}),
     "halves of a value": (Halves, {}),
+    "a slice of everything": (Whole, {"{}.{{a,b}}": SHARED}),
     "dense experts": (
         DenseExperts,
         {"{}.{{up.0,down.0,up.1,down.1,up.2,down.2}}": EXPERTS, "{}.{{shared_gate,shared_up}}": SHARED},
     ),
+    "experts combined by a product": (Combined, {"{}.{{up.0,down.0,up.1,down.1}}": EXPERTS}),
     "batched experts": (Batched, {"{}": EXPERTS}),
 }
 
