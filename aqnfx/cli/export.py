@@ -10,7 +10,7 @@ import typer
 def command(
     plan: Path = typer.Argument(help="File of a plan (schema aqnfx.plan/1)."),
     to: str = typer.Option(..., "--to", help="Target: torchao, compressed-tensors, onnx, modelopt, python or pt2."),
-    out: Path = typer.Option(..., "--out", help="Folder or file to write, which may not hold anything yet."),
+    out: Path = typer.Option(..., "--out", help="Folder (new or empty) or file to write, see the table of targets."),
     model: str = typer.Option(None, "--model", help="Model directory or hub id (default: what the plan names)."),
     dtype: str = typer.Option(
         None, "--dtype", help="What a checkpoint stores everything else in (default: auto, as the model's own file has it)."

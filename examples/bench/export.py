@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import aqnfx
 from aqnfx.data import embedded_model, embedded_problems
-from aqnfx.export.targets import export_plan
+from aqnfx.export.job import Job
+from aqnfx.export.targets import TARGETS
 from aqnfx.graph.assignments import Assignment
-from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.frontend import load_model, model_digest
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json
 
@@ -100,8 +101,10 @@ def main() -> None:
             )  # fmt: skip
             path = write_json(Path(directory) / f"{index}.json", plan.to_record())
             suffix = ".yaml" if target == "modelopt" else ""
-            found = export_plan(path, target, Path(directory) / f"out{index}{suffix}", **{"dtype": "float32", **options} if (
-                target == "torchao") else options)  # fmt: skip
+            given_options = {"dtype": "float32", **options} if target == "torchao" else options
+            # As export_plan does, but for tracing the model every time.
+            job = Job(path=str(path), plan=plan, model=load_model("tinygsm"), program=clean)
+            found = TARGETS[target].load()(job, Path(directory) / f"out{index}{suffix}", **given_options)
             planned = aqnfx.Pipeline.parse(f'apply-plan{{plan="{path}"}}')(clean)(**given).logits
             for accuracy in ("1", "4") if target == "onnx" and weight.startswith("int4") else ("1",):
                 logits = run(target, found.path, given, accuracy)
