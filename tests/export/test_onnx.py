@@ -9,12 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from aqnfx.errors import InputError
 from aqnfx.export.job import Exported
 from aqnfx.export.onnx import export_onnx
-from aqnfx.numerics.formats import parse_format
+from aqnfx.export.qdq import DOMAIN, PLACEHOLDER, expand
+from aqnfx.numerics.formats import parse_format, quantize
 from tests.export.conftest import Case, batch, kl
 
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
@@ -66,6 +67,24 @@ def test_onnxruntime_returns_what_the_program_returns(tied: Case, written: Expor
 def test_onnxruntime_rounds_the_inputs_of_narrow_products_unless_told_otherwise(tied: Case, written: Exported) -> None:
     ours, default = tied.planned(FORMATS)(**batch()).logits, run(written.path, batch(), accuracy="4")
     assert kl(ours, run(written.path, batch())) < 1e-3 * kl(ours, default)
+
+
+@pytest.mark.parametrize("name", ["int8:row", "int4:row", "int8:g16", "int4:g32:fp32", "int8:tensor"])
+def test_values_are_stored_as_the_format_says_bit_for_bit(name: str) -> None:
+    """One placeholder by itself: rows of zeros, ties and very different sizes."""
+    fmt, random = parse_format(name), torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 64, generator=random) * 2.0 ** torch.randint(-20, 20, (2, 7, 1), generator=random)
+    x[0, 1], x[1, 2, :32], x[0, 2] = 0.0, 0.0, torch.arange(64) - 31.5
+    whole = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", 64])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", 64])
+    node = helper.make_node(PLACEHOLDER, ["x"], ["y"], domain=DOMAIN, format=fmt.name, dim=2, rank=3, width=64)
+    model = helper.make_model(
+        helper.make_graph([node], "one", [whole], [out]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    assert expand(model) == (0, 0)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["y"], {"x": x.numpy()})
+    assert torch.equal(torch.from_numpy(found), quantize(x, fmt))
 
 
 def test_weights_are_stored_as_integers(written: Exported) -> None:
