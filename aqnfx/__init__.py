@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from aqnfx.numerics.metrics import relative_degradation as relative_degradation
     from aqnfx.numerics.metrics import sensitivity_score as sensitivity_score
     from aqnfx.passes.pipeline import Pipeline as Pipeline
+    from aqnfx.planning.planner import plan as plan
+    from aqnfx.planning.precision_plan import PrecisionPlan as PrecisionPlan
     from aqnfx.reporting.integrated import IntegratedDiagnostic as IntegratedDiagnostic
 
 # Public names load their module on first use, so that `import aqnfx` and `aqnfx --help` do not import torch.
@@ -39,6 +41,8 @@ _LAZY = {
     "Analysis": "aqnfx.diagnosis.analysis",
     "scan": "aqnfx.diagnosis.scan",
     "Scan": "aqnfx.diagnosis.scan",
+    "plan": "aqnfx.planning.planner",
+    "PrecisionPlan": "aqnfx.planning.precision_plan",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",
     "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",

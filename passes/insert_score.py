@@ -25,6 +25,8 @@ from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.score import RANDOM
 from aqnfx.passes.base import Pass, select_or_raise
 
+_KEPT = 1 << 26  # changed values of all weights together that are held between draws: 256 MiB
+
 
 @dataclass(frozen=True, kw_only=True)
 class InsertScore(Pass):
@@ -35,7 +37,8 @@ class InsertScore(Pass):
     samples and of projection draws that there is room for, ``channels`` also accumulates per channel: of the last
     dimension, of the second after a convolution. ``perturb`` names declared perturbations
     (:func:`~aqnfx.numerics.perturbations.perturbation`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
-    scores every floating-point parameter: Σ g², for the Fisher trace.
+    scores every floating-point parameter: Σ g², for the Fisher trace. ``elements`` also accumulates Σ (g·δ)² of the declared
+    perturbations, element by element.
     """
 
     name: ClassVar[str] = "insert-score"
@@ -47,6 +50,7 @@ class InsertScore(Pass):
     channels: bool = True
     perturb: str = ""
     weights: bool = False
+    elements: bool = False
 
     @property
     def perturbations(self) -> tuple[str, ...]:
@@ -83,11 +87,18 @@ class InsertScore(Pass):
         )
         hits = buffer("hits", torch.zeros(count, dtype=torch.int64))
         table = buffer("sequences", torch.zeros(count, self.draws, self.samples, dtype=torch.float64))
-        sketch = None
+        sketch = elements = None
+        if self.elements and not names:
+            raise PassError(f"{self.name}: elements=true is about declared perturbations, and perturb names none")
+        if self.elements:
+            elements = buffer("elements", torch.zeros(count, len(names), self.samples, dtype=torch.float64))
+        last = () if elements is None else (elements,)
         if names:
             shape = (count, len(names), self.draws, self.samples)
             sketch = buffer("sketch", torch.zeros(shape, dtype=torch.float64))
         batch = batch_size(program.graph, inserted_by=self.name)
+        weighed = [tensor_value(places[site.id].value) for site in chosen if site.role is Role.WEIGHT]
+        keep = self.draws > 1 and len(names) * sum(value.numel() for value in weighed if value is not None) <= _KEPT
         for index, site in enumerate(chosen):
             place = places[site.id]
             if site.role is Role.WEIGHT and (product := _product(place, places)) is not None:
@@ -96,7 +107,7 @@ class InsertScore(Pass):
                 assert value is not None  # a product of two tensors
                 product_args = (
                     y, anchor, run, hits, table, None, sketch, index, _samples(site, value, batch), str(self.kind),
-                    list(names), x, place.value, place.dim, place.channel_dim,
+                    list(names), x, place.value, place.dim, place.channel_dim, elements, keep,
                 )  # fmt: skip
                 insert_after(
                     y, torch.ops.aqnfx.score_weight.default, product_args, reroute=True, inserted_by=self.name, site=site.id
@@ -109,10 +120,10 @@ class InsertScore(Pass):
             if self.channels and self.kind in RANDOM and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             outside = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
-            keep = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX
+            zeros = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX
             args = (
                 anchor, run, hits, table, channels, sketch, index, _samples(site, value, batch), str(self.kind), list(names),
-                dim, keep, outside, place.dim,
+                dim, zeros, outside, place.dim, *last,
             )  # fmt: skip
             insert_at(place, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name)
         for index, node in enumerate(parameters, start=len(chosen)):

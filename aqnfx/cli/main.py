@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from aqnfx.cli import analyze, demo, diagnose, env, export, opt, scan, trace
+from aqnfx.cli import analyze, demo, diagnose, env, export, opt, plan, scan, trace
 from aqnfx.errors import AqnfxError, printable
 
 # Typer exports no name for the base of its usage errors, and where it lives differs between versions.
@@ -30,6 +30,7 @@ app.command("diagnose")(diagnose.command)
 app.command("scan")(scan.command)
 app.command("analyze")(analyze.command)
 app.command("export")(export.command)
+app.command("plan")(plan.command)
 app.command("env")(env.command)
 
 

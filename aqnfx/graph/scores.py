@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import aqnfx.numerics.score
 import aqnfx.numerics.score_weight  # noqa: F401  (both register the operators)
@@ -15,12 +15,17 @@ from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
 
 SCORING = (torch.ops.aqnfx.score.default, torch.ops.aqnfx.score_weight.default)
-"""The operators of score nodes; their first eleven arguments are the same."""
+"""The operators of score nodes; their first eleven arguments are the same, and the sixteenth."""
+_ELEMENTS = 15
 
 
 def is_parameter_row(name: str) -> bool:
     """Return whether a row is that of a whole parameter (``NAME:weight``) and not of a site (``MODULE:OP:N…``)."""
     return name.endswith(":weight") and name.count(":") == 1
+
+
+def _has_elements(node: Node) -> bool:
+    return len(node.args) > _ELEMENTS and node.args[_ELEMENTS] is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,7 @@ class ScoreBuffers:
     hits: Tensor
     sequences: Tensor
     sketch: Tensor | None
+    elements: Tensor | None
     channels: Mapping[str, Tensor]
     shared: frozenset[str]
 
@@ -55,13 +61,14 @@ class ScoreBuffers:
             perturbations=max((tuple(n.args[10]) for n in nodes), key=len),
             run=constant(module, first[2]), hits=constant(module, first[3]), sequences=constant(module, first[4]),
             sketch=None if first[6] is None else constant(module, first[6]),
+            elements=next((constant(module, n.args[_ELEMENTS]) for n in nodes if _has_elements(n)), None),
             channels={s: constant(module, n.args[5]) for s, n in zip(sites, nodes, strict=True) if n.args[5] is not None},
             shared=frozenset(s for s, n in zip(sites, nodes, strict=True) if n.args[8] == 0),
         )  # fmt: skip
 
     def reset(self) -> None:
         """Set every accumulator to 0."""
-        for tensor in (self.hits, self.sequences, self.sketch, *self.channels.values()):
+        for tensor in (self.hits, self.sequences, self.sketch, self.elements, *self.channels.values()):
             if tensor is not None:
                 tensor.zero_()
 

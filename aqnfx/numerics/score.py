@@ -44,16 +44,16 @@ def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked
 def accumulate(
     grad: Tensor, y: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int,
-    keep_zeros: bool, masked: bool = False, dim: int = -1,
+    keep_zeros: bool, masked: bool = False, dim: int = -1, elements: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
 
     ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per
     site, draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64 (S,
-    D, K, N): Σ g·δ per declared perturbation. The accumulators may be on another device. ``batch`` 0: the value belongs
-    to no sample, and its sum stands at the first sample of the batch. ``kind`` is that of the noise that ``sequences``
-    and ``channels`` are of; a declared perturbation leaves them alone. ``dim`` and ``channel_dim`` are what the scales of a
-    format run along.
+    D, K, N): Σ g·δ per declared perturbation; ``elements`` fp64 (S, D, N): Σ (g·δ)², summed over draws. The accumulators
+    may be on another device. ``batch`` 0: the value belongs to no sample, and its sum stands at the first sample of the
+    batch. ``kind`` is that of the noise that ``sequences`` and ``channels`` are of; a declared perturbation leaves them
+    alone. ``dim`` and ``channel_dim`` are what the scales of a format run along.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -77,9 +77,13 @@ def accumulate(
             delta = perturbation(name)(y.masked_fill(outside, 0.0), dim, channel_dim).masked_fill(outside, 0.0)
         else:
             delta = perturbation(name)(y, dim, channel_dim)
-        products = (grad.to(delta.dtype) * delta).reshape(rows, -1).sum(1, dtype=torch.float64)
+        table = (grad.to(delta.dtype) * delta).reshape(rows, -1)
+        products = table.sum(1, dtype=torch.float64)
         assert sketch is not None  # allocated by the pass that declares perturbations
         sketch[index, number, draw, offset : offset + rows] += products.to(sketch.device)
+        if elements is not None:
+            squares = torch.linalg.vector_norm(table, dim=1).double().square_()
+            elements[index, number, offset : offset + rows] += squares.to(elements.device)
 
 
 class _Score(torch.autograd.Function):
@@ -103,7 +107,7 @@ _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
     "int index, SymInt batch, str kind, str[] perturbations, int channel_dim=-1, bool keep_zeros=False, bool masked=False, "
-    "int dim=-1) -> Tensor"
+    "int dim=-1, Tensor? elements=None) -> Tensor"
 )
 
 
@@ -112,7 +116,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def score(
     y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int = -1,
-    keep_zeros: bool = False, masked: bool = False, dim: int = -1,
+    keep_zeros: bool = False, masked: bool = False, dim: int = -1, elements: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return ``y`` itself; its gradient goes to :func:`accumulate`.
 
@@ -121,6 +125,6 @@ def score(
     """
     result: Tensor = _Score.apply(  # type: ignore[no-untyped-call]
         y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros,
-        masked, dim,
+        masked, dim, elements,
     )  # fmt: skip
     return result

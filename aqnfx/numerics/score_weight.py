@@ -18,15 +18,22 @@ from aqnfx.numerics.score import RANDOM, scaled_gradient
 _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 
 
+def changes(weight: Tensor, perturbations: list[str], dim: int, channel_dim: int) -> Tensor | None:
+    """Return what each perturbation changes in a weight, fp32 or fp64 (elements, perturbations); None without any."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    found = [perturbation(name)(weight, dim, channel_dim).to(wide).reshape(-1) for name in perturbations]
+    return torch.stack(found, dim=1) if found else None
+
+
 def accumulate_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, sketch: Tensor | None,
-    index: int, batch: int, kind: str, perturbations: list[str], dim: int, channel_dim: int,
+    grad: Tensor, x: Tensor, weight: Tensor, table: Tensor | None, run: Tensor, hits: Tensor, sequences: Tensor,
+    sketch: Tensor | None, index: int, batch: int, kind: str, dim: int, elements: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Add what the gradient of x·weight says of the weight to the accumulators, in place.
 
-    ``x`` (…, in), ``grad`` (…, out) and a ``weight`` of two dimensions, (out, in), or (in, out) where ``dim``, the dimension
-    that is summed over, is the first. The accumulators, ``kind`` and ``batch`` are those of
-    :func:`aqnfx.numerics.score.accumulate`.
+    ``x`` (…, in), ``grad`` (…, out) and a ``weight`` of two dimensions, (out, in), or (in, out) where ``dim``, the
+    dimension that is summed over, is the first. ``table`` is what :func:`changes` returns for it. The accumulators,
+    ``kind`` and ``batch`` are those of :func:`aqnfx.numerics.score.accumulate`.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -36,8 +43,7 @@ def accumulate_weight(
     outer, inner = (grad, x) if not first else (x, grad)
     outer = outer.to(wide).reshape(rows, -1, outer.shape[-1]).transpose(1, 2)
     inner = inner.to(wide).reshape(rows, -1, inner.shape[-1])
-    deltas = [perturbation(name)(weight, dim, channel_dim).to(wide).reshape(-1) for name in perturbations]
-    table = torch.stack(deltas, dim=1) if deltas else None
+    table = table if table is None else table.to(wide)
     step = max(1, _CHUNK // weight.numel())
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -51,30 +57,38 @@ def accumulate_weight(
             products = (per_sample.reshape(len(per_sample), -1) @ table).double().t()
             assert sketch is not None  # allocated by the pass that declares perturbations
             sketch[index, :, draw, place] += products.to(sketch.device)
+            if elements is not None:
+                squares = (per_sample.square_().reshape(len(per_sample), -1) @ table.square()).double().t()
+                elements[index, :, place] += squares.to(elements.device)
 
 
 class _ScoreWeight(torch.autograd.Function):
     """The identity; keeps the input of the product, and the weight as it is, for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, weight: Tensor, changed: Any, *rest: Any) -> Tensor:
         ctx.save_for_backward(x.detach(), weight.detach())
-        ctx.rest = rest
+        *ctx.changed, ctx.keep = changed
+        ctx.rest, ctx.table = rest, None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with torch.no_grad():
-            accumulate_weight(grads[0], x, weight, *ctx.rest)
-        return (grads[0] if ctx.needs_input_grad[0] else None, None, None, None, *(None,) * len(ctx.rest))
+            table = changes(weight, *ctx.changed) if ctx.table is None else ctx.table
+            if ctx.keep:  # for the other draws of this forward pass
+                ctx.table = table
+            accumulate_weight(grads[0], x, weight, table, *ctx.rest)
+        return (grads[0] if ctx.needs_input_grad[0] else None, *(None,) * (4 + len(ctx.rest)))
 
 
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 # The first eleven arguments are those of aqnfx::score, so that both are read alike.
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score_weight(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
-    "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0) -> Tensor"
+    "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0, "
+    "Tensor? elements=None, bool keep=False) -> Tensor"
 )
 
 
@@ -83,10 +97,14 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 def score_weight(
     y: Tensor, anchor: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], x: Tensor, weight: Tensor,
-    dim: int = -1, channel_dim: int = 0,
+    dim: int = -1, channel_dim: int = 0, elements: Tensor | None = None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return ``y`` itself; its gradient goes to :func:`accumulate_weight`. ``channels`` is not used."""
+    """Return ``y`` itself; its gradient goes to :func:`accumulate_weight`. ``channels`` is not used.
+
+    ``keep`` holds what the perturbations change until the graph is freed, so that further draws need not compute it again.
+    """
     result: Tensor = _ScoreWeight.apply(  # type: ignore[no-untyped-call]
-        y, anchor, x, weight, run, hits, sequences, sketch, index, batch, kind, perturbations, dim, channel_dim
-    )
+        y, anchor, x, weight, (perturbations, dim, channel_dim, keep), run, hits, sequences, sketch, index, batch, kind, dim,
+        elements,
+    )  # fmt: skip
     return result

@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from aqnfx.diagnosis.analysis import Analysis, analyze
 from aqnfx.diagnosis.sensitivity import SensitivityMap
@@ -134,6 +136,24 @@ def test_below_the_thresholds_there_is_no_reason(program: Program):
     analysis = join(program, found, top=20)
     for site in (NORM, DOWN, SOFTMAX, SCORES):
         assert why(analysis, site) == {"no structural reason found": None}, site
+
+
+class Scaled(nn.Module):
+    """Scores that are scaled twice and shifted before their softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.shift = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.matmul(self.q(x), self.k(x).transpose(-1, -2))
+        return torch.matmul(torch.softmax(scores * 0.5 / 4.0 + self.shift, -1), self.v(x))
+
+
+def test_the_exponent_counts_the_scale():
+    program = traced(Scaled(), 3, 7, 8)
+    found = record(program, **{".:matmul:0": cost(0.5) | statistics(rms=16.0)})
+    assert why(join(program, found), ".:matmul:0") == {"exponentiated by a softmax": pytest.approx(0.1 * 16 * 0.5 / 4)}
 
 
 def test_where_error_enters_and_what_happens_to_it(program: Program):

@@ -1,0 +1,172 @@
+"""Costs: the KL of every choice of a menu for every part, with standard errors, from one set of scored passes.
+
+Two estimators of ½·E(g·δ)² are at hand. The squared sum of a sample, (Σ g·δ)², has the right mean and the noise of a square
+of a normal value per sample and draw. The sum of squares, Σ (g·δ)², leaves out how errors of different elements act together:
+hardly any noise, and a factor that is off by ten to thirty percent at each part, with a median near 1 (errors of rounding are
+nearly independent). Their logarithms are combined, each weighed by its variance, which is measured (Fay and Herriot 1979,
+JASA 74:269): the first's by the draws, the second's by how far both lie apart over all parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aqnfx.errors import ProbeError
+from aqnfx.planning.menu import Choice, Part
+from aqnfx.probes.predict import Predictions
+
+Array = NDArray[np.float64]
+
+TRUNCATION = 0.6
+"""Standard deviation of log(measured / predicted KL) over √KL: what the third order adds, in nats^-1/2.
+
+Measured for single linear layers of two small language models over five integer formats: 0.38 and 0.73
+(examples/bench/plan.py); spot checks of a run move it, see :func:`truncation_from`.
+"""
+_MEDIAN = 0.4549  # of a chi-square variable of one degree of freedom
+_PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Costs:
+    """What every choice costs: ``columns`` holds, per option, Σ g·δ per draw and sample, fp64 (options, K, n).
+
+    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens. ``kl`` and ``se`` (options,) are the predicted KL in
+    nats per token of that option alone and its standard error for these samples; ``unbiased`` and ``elementwise`` (options,)
+    the two estimates that it is made of, ``spread`` the standard deviation of the log of the second around the truth,
+    ``truncation`` that of what second order leaves out, per √KL.
+    """
+
+    index: Mapping[tuple[str, str], int]
+    columns: Array
+    per_sample: Array
+    kl: Array
+    se: Array
+    unbiased: Array
+    elementwise: Array
+    spread: float
+    truncation: float
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.per_sample.sum())
+
+    def of(self, module: str, choice: Choice) -> tuple[float, float]:
+        """Return KL and standard error of one option."""
+        row = self.index[module, choice.text]
+        return float(self.kl[row]), float(self.se[row])
+
+
+def costs(
+    found: Predictions, parts: Sequence[Part], options: Mapping[str, Sequence[Choice]], *, truncation: float = TRUNCATION
+) -> Costs:
+    """Return what every option costs, from predictions whose declared perturbations hold all formats.
+
+    ``options``: module -> its choices. Raises :class:`ProbeError` where no gradient reached a part, so that nothing is known
+    of it, or where the predictions were made without ``elements``.
+    """
+    if found.sketch is None or found.elements is None:
+        raise ProbeError("costs need predictions with declared formats and elements; run insert-score with elements=true")
+    rows = {site.id: row for row, site in enumerate(found.sites)}
+    names = {name: number for number, name in enumerate(found.perturbations)}
+    stored = {part.module: {site for c in options[part.module] for site, _ in part.formats(c)} for part in parts}
+    lost = [module for module, sites in stored.items() if sites and not any(found.reached[rows[site]] for site in sites)]
+    if lost:
+        raise ProbeError(
+            f"no gradient reached {lost[0]} ({len(lost)} of {len(parts)} modules), so its cost is unknown; leave it out"
+        )
+    index: dict[tuple[str, str], int] = {}
+    tokens, shape = int(found.tokens.sum()), found.sketch.shape[2:]
+    columns, squares = [], []
+    for part in parts:
+        for choice in options[part.module]:
+            index[part.module, choice.text] = len(index)
+            pairs = [(rows[site], names[name]) for site, name in part.formats(choice)]
+            columns.append(sum((found.sketch[row, name] for row, name in pairs), np.zeros(shape)))
+            squares.append(sum(float(found.elements[row, name].sum()) for row, name in pairs))
+    table = np.stack(columns)
+    elementwise = 0.5 * np.array(squares) / tokens
+    kl, se, spread = combine(table, elementwise, tokens)
+    unbiased = mean_square(table, tokens)
+    return Costs(
+        index=index, columns=table, per_sample=found.tokens.astype(np.float64), kl=kl, se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased,
+        elementwise=elementwise, spread=spread, truncation=truncation,
+    )  # fmt: skip
+
+
+def mean_square(columns: Array, tokens: int) -> Array:
+    """Return ½·Σ over samples of the mean over draws of (Σ g·δ)², per token: (…, K, n) to (…)."""
+    return np.asarray(0.5 * np.square(columns).mean(axis=-2).sum(axis=-1) / tokens)
+
+
+def draw_error(columns: Array, tokens: int) -> Array:
+    """Return the standard error of :func:`mean_square` for its samples: what other draws would change.
+
+    Every sample's variance is taken over its draws, or, where there is one, as that of the square of a normal value.
+    """
+    squares = 0.5 * np.square(columns) / tokens
+    draws = columns.shape[-2]
+    # The variance of few squares is itself noise; that of a squared normal value, 2·mean², is known. Both, by their weight.
+    known = 2.0 * np.square(squares.mean(axis=-2)) / (1.0 + 2.0 / draws)
+    found = squares.var(axis=-2, ddof=1) if draws > 1 else known
+    return np.asarray(np.sqrt(((known + found) / 2.0).sum(axis=-1) / draws))
+
+
+def combine(columns: Array, elementwise: Array, tokens: int) -> tuple[Array, Array, float]:
+    """Return KL, its standard error, and the spread of the elementwise estimate: empirical Bayes on logarithms.
+
+    With u the unbiased estimate, v its variance relative to u², and e the elementwise one, log u − log e over all options has
+    the variance τ² + v; τ² is what makes that so. The result is u^w·e^(1−w) with w = τ² / (τ² + v), and the relative
+    variance w·v. Options without an error cost 0.
+    """
+    u, noise = mean_square(columns, tokens), draw_error(columns, tokens)
+    there = (u > 0.0) & (elementwise > 0.0)
+    kl, se = np.zeros_like(u), np.zeros_like(u)
+    if not there.any():
+        return kl, se, 0.0
+    relative = np.square(noise[there] / u[there])
+    # log u is low by v/2 in the mean, as the logarithm is bent.
+    apart = np.log(u[there]) + relative / 2.0 - np.log(elementwise[there])
+    spread2 = _excess_variance(np.square(apart), relative)
+    # An option that is further off than the spread allows is believed less: its own distance is its prior.
+    prior = np.maximum(spread2, (np.square(apart) - relative) / 4.0)
+    weight = prior / (prior + relative)
+    kl[there] = elementwise[there] * np.exp(weight * apart)
+    se[there] = kl[there] * np.sqrt(weight * relative)
+    return kl, se, math.sqrt(spread2)
+
+
+def _excess_variance(squares: Array, variances: Array) -> float:
+    """Return τ² for which the median of squares / (τ² + variances) is that of a chi-square variable of one degree, 0.4549.
+
+    The median and not the mean (Paule and Mandel 1982): a few options that are far off, as where a dead zone shifts
+    everything one way, must not speak for all.
+    """
+    low, high = 0.0, float(squares.max()) / _MEDIAN
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        above = float(np.median(squares / (middle + variances + 1e-12))) > _MEDIAN
+        low, high = (middle, high) if above else (low, middle)
+    return max(high, 1e-4)
+
+
+def truncation_from(predicted: Array, se: Array, measured: Array, *, prior: float = TRUNCATION) -> float:
+    """Return the standard deviation of log(measured / predicted) per √KL, from spot checks and a prior worth five of them.
+
+    ``se`` is that of the predictions alone. Checks without a positive KL say nothing.
+    """
+    use = (predicted > 0.0) & (measured > 0.0)
+    if not use.any():
+        return prior
+    log = np.log(measured[use] / predicted[use])
+    excess = (np.square(log) - np.square(se[use] / predicted[use])) / predicted[use]
+    # Small KL has no third order to speak of, and dividing by it makes noise: weigh by KL.
+    weights = predicted[use] / predicted[use].max()
+    total = prior**2 * _PRIOR_CHECKS + float(np.sum(weights * np.maximum(excess, 0.0)))
+    return math.sqrt(total / (_PRIOR_CHECKS + float(weights.sum())))

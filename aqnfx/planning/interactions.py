@@ -1,0 +1,151 @@
+"""The KL of a whole plan: parts alone, and what their errors do to each other, from the columns of the same sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aqnfx.planning.costs import Costs, draw_error, mean_square
+
+Array = NDArray[np.float64]
+Fits = Callable[[tuple[int, ...]], bool]
+
+_CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
+_CLEAR = 3.5  # standard errors that a gain on held-out draws must exceed: of 200 exchanges, one in twenty rounds by chance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanKL:
+    """KL of a plan in nats per token, and ``additive``, the sum of its parts alone.
+
+    ``se``: standard error for other samples of the same kind; ``se_here`` that for the samples that were scored, which holds
+    the draws and what second order leaves out. Both are normal approximations: KL that a few samples make has longer tails.
+    """
+
+    kl: float
+    se: float
+    se_here: float
+    additive: float
+
+
+def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
+    """Return the predicted KL of the options ``rows`` together, one per part.
+
+    The parts alone are taken from the combined estimates, which are the better ones, and what their errors do to each other
+    from the sketch: ½(Σ s)² − ½Σ s², whose noise is that of the whole.
+    """
+    chosen = costs.columns[list(rows)]
+    alone = mean_square(chosen, costs.tokens)
+    whole = chosen.sum(axis=0)
+    together = float(mean_square(whole, costs.tokens))
+    additive = float(costs.kl[list(rows)].sum())
+    kl = max(additive + together - float(alone.sum()), 0.0)
+    left_out = costs.truncation * kl**1.5
+    per_sample = 0.5 * np.square(whole).mean(axis=0)  # the noise of the draws is part of how samples differ
+    apart = per_sample - together * costs.per_sample
+    n = len(apart)
+    spread = float(np.sqrt(np.square(apart).sum() * n / (n - 1))) / costs.tokens if n > 1 else float("inf")
+    noise = float(draw_error(whole, costs.tokens))
+    return PlanKL(
+        kl=kl, se=float(np.hypot(max(spread, noise), left_out)), se_here=float(np.hypot(noise, left_out)), additive=additive
+    )
+
+
+def kl_difference_error(costs: Costs, first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the standard error of the difference between the KL of two plans, whose draws are the same."""
+    squares = [np.square(costs.columns[list(rows)].sum(axis=0)) for rows in (first, second)]
+    apart = 0.5 * (squares[0] - squares[1]) / costs.tokens
+    draws = apart.shape[0]
+    if draws < 2:
+        return float("nan")
+    return float(np.sqrt(apart.var(axis=0, ddof=1).sum() / draws))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """A plan after local search: option per group, the exchanges that were tried and taken, and what they gain."""
+
+    chosen: tuple[int, ...]
+    tried: int
+    taken: int
+    gain: float
+
+
+def refine(costs: Costs, options: Sequence[Sequence[Sequence[int]]], chosen: Sequence[int], fits: Fits) -> Refined:
+    """Return the plan after every exchange of one or two groups' options that the sketch is sure of.
+
+    ``options``: per group and option the rows of ``costs``; ``fits(chosen)`` says whether a choice keeps the budget. An
+    exchange is chosen on the even draws and taken where the odd draws, which had no say, agree that it lowers the plan's KL by
+    more than 3.5 standard errors. With one draw there is nothing to hold out, and nothing is changed.
+    """
+    current = list(chosen)
+    draws = costs.columns.shape[1]
+    groups = [np.stack([costs.columns[list(rows)].sum(axis=0) for rows in group]) for group in options]
+    alone = [np.array([costs.kl[list(rows)].sum() for rows in group]) for group in options]
+    tried = taken = 0
+    total_gain = 0.0
+    if draws < 2:
+        return Refined(chosen=tuple(current), tried=0, taken=0, gain=0.0)
+    while True:
+        search = _Search(groups, alone, current, costs.tokens)
+        best = search.best(fits)
+        tried += search.tried
+        if best is None:
+            return Refined(chosen=tuple(current), tried=tried, taken=taken, gain=total_gain)
+        moves, gain = best
+        for group, option in moves:
+            current[group] = option
+        taken, total_gain = taken + 1, total_gain + gain
+
+
+class _Search:
+    """One round of local search around a plan."""
+
+    def __init__(self, groups: Sequence[Array], alone: Sequence[Array], current: Sequence[int], tokens: int) -> None:
+        self.groups, self.alone, self.current, self.tokens, self.tried = groups, alone, list(current), tokens, 0
+        self.whole = np.asarray(sum(group[option] for group, option in zip(groups, current, strict=True)))
+
+    def best(self, fits: Fits) -> tuple[list[tuple[int, int]], float] | None:
+        """Return the exchange of largest gain on the even draws that the odd draws confirm, and its gain there."""
+        singles = [(g, o) for g, group in enumerate(self.groups) for o in range(len(group)) if o != self.current[g]]
+        if not singles:
+            return None
+        changes = np.stack([self.groups[g][o] - self.groups[g][self.current[g]] for g, o in singles])
+        even, odd = changes[:, ::2].reshape(len(singles), -1), changes[:, 1::2].reshape(len(singles), -1)
+        base = self.whole[::2].reshape(-1)
+        scale = 0.5 / (self.tokens * self.whole[::2].shape[0])
+        linear, gram = 2.0 * even @ base, even @ even.T
+        one = scale * (linear + gram.diagonal())
+        two = one[:, None] + one[None, :] + 2.0 * scale * gram
+        candidates: list[tuple[float, tuple[int, ...]]] = [(float(one[i]), (int(i),)) for i in np.flatnonzero(one < 0.0)]
+        first, second = np.nonzero(np.triu(two < 0.0, 1))
+        candidates += [(float(two[i, j]), (int(i), int(j))) for i, j in zip(first, second, strict=True)]
+        for _, picked in sorted(candidates):
+            moves = [singles[i] for i in picked]
+            if len({g for g, _ in moves}) < len(moves):
+                continue
+            trial = list(self.current)
+            for group, option in moves:
+                trial[group] = option
+            if not fits(tuple(trial)):
+                continue
+            self.tried += 1
+            gain = self._confirmed(odd[list(picked)].sum(axis=0))
+            if gain is not None:
+                return moves, gain
+            if self.tried >= _CANDIDATES:
+                return None
+        return None
+
+    def _confirmed(self, change: Array) -> float | None:
+        base = self.whole[1::2]
+        change = change.reshape(base.shape)
+        lower = -0.5 * (2.0 * base * change + change * change) / self.tokens  # (K/2, n)
+        per_draw = lower.sum(axis=1)
+        gain = float(per_draw.mean())
+        # Draws of a sample share its values; draws are independent.
+        error = float(lower.std() * np.sqrt(lower.shape[1] / lower.shape[0]))
+        return gain if gain > _CLEAR * error else None

@@ -1,0 +1,159 @@
+"""PlanOptions: what a plan may choose from and what it has to keep, checked before anything slow starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aqnfx.diagnosis.options import DTYPES, byte_count
+from aqnfx.errors import InputError, nearest
+from aqnfx.numerics.formats import parse_format
+from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_menu
+
+COUPLE = ("none", "fused")
+RULES = ("optimal", "threshold")
+DEFAULT_FORMATS = "int4:g32,int8:g32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What to plan; the command line's flags of the same names.
+
+    ``formats``: the menu for weights, or weights / inputs (:func:`~aqnfx.planning.menu.parse_menu`); ``kv_formats`` that for
+    keys and values, None leaves them. Exactly one goal: ``avg_bits`` per weight, ``bytes`` of all planned weights ("12MiB"),
+    ``seconds`` by a latency table, or ``max_kl`` in nats per token, with the smallest size that keeps it; ``kv_bits`` is the
+    budget of keys and values and needs ``kv_formats``. ``count_scales`` counts scales into bits and bytes. ``modules``,
+    ``layers`` say what is planned (default: every linear layer and every expert). ``keep``: glob of module names -> a
+    choice that is not in question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales.
+    ``couple`` "fused": weights that runtimes multiply together get one choice. ``partial``: blocks that do not divide
+    ("refuse", "pad", "drop"). ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or
+    "*" -> choice -> seconds. ``samples`` choose, ``eval_samples`` others judge. Raises :class:`InputError` for values that
+    cannot be meant.
+    """
+
+    formats: str = DEFAULT_FORMATS
+    kv_formats: str | None = None
+    avg_bits: float | None = None
+    bytes: str | int | None = None
+    seconds: float | None = None
+    max_kl: float | None = None
+    kv_bits: float | None = None
+    count_scales: bool = True
+    modules: tuple[str, ...] = ()
+    layers: str | None = None
+    keep: Mapping[str, str] = field(default_factory=dict)
+    floor: Mapping[str, float] = field(default_factory=dict)
+    couple: str = "none"
+    partial: Partial = "refuse"
+    active_experts: bool = False
+    latency_table: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rule: str = "optimal"
+    refine: bool = True
+    pareto: int = 0
+    draws: int = 8
+    samples: int = 32
+    eval_samples: int = 64
+    batch_size: int = 8
+    max_length: int | None = None
+    task: str | None = None
+    text_field: str | None = None
+    pack: bool = True
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        menu, goals = self.menu, [n for n in ("avg_bits", "bytes", "seconds", "max_kl") if getattr(self, n) is not None]
+        if self.rule not in RULES:
+            raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}")
+        if self.rule == "optimal" and len(goals) != 1:
+            said = f", found {' and '.join(goals)}" if goals else ""
+            raise InputError(f"a plan needs one goal: avg_bits, bytes, seconds or max_kl{said}")
+        if self.rule == "threshold" and goals:
+            raise InputError(f"rule threshold has no budget; leave out {', '.join(goals)}")
+        for name in ("avg_bits", "seconds", "max_kl", "kv_bits"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a positive number, found {value!r}")
+        if (self.kv_bits is None) != (self.kv_formats is None):
+            raise InputError("kv_formats and kv_bits belong together: the menu of keys and values, and its budget")
+        if (self.seconds is not None) != bool(self.latency_table):
+            raise InputError("seconds and a latency table belong together: the budget, and what every choice takes")
+        if self.bytes is not None:
+            byte_count("bytes", self.bytes)
+        for name in ("draws", "samples", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
+        for name in ("eval_samples", "pareto"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise InputError(f"{name} must be a whole number and not negative, found {getattr(self, name)!r}")
+        for name, value, known in (
+            ("couple", self.couple, COUPLE), ("partial groups", self.partial, PARTIAL), ("dtype", self.dtype, DTYPES),
+        ):  # fmt: skip
+            if value not in known:
+                raise InputError(f"{name} {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+        self.kept()
+        if self.kv_formats is not None:
+            parse_cache_menu(self.kv_formats)
+        for layer, bits in self.floor.items():
+            if not re.fullmatch(r"(?:[^:]+:)?\d+", layer):
+                raise InputError(f"floor of layer {layer!r}: a layer is a number, or STACK:number")
+            if not any(choice_bits(choice) >= bits for choice in menu):
+                raise InputError(f"floor of layer {layer}: no format of the menu has {bits:g} bits")
+
+    @property
+    def menu(self) -> tuple[Choice, ...]:
+        """The choices for weights and inputs."""
+        return parse_menu(self.formats)
+
+    @property
+    def kv_menu(self) -> tuple[Choice, ...]:
+        """The choices for keys and values, none where they are left as they are."""
+        return parse_cache_menu(self.kv_formats) if self.kv_formats is not None else ()
+
+    def kept(self) -> dict[str, Choice]:
+        """Return glob -> the choice that is not in question there."""
+        found = {}
+        for pattern, text in self.keep.items():
+            weight, slash, given = text.partition("/")
+            names = [None if name.strip() == "keep" else parse_format(name).name for name in (weight, given) if name or not slash]
+            first, second = names[0], names[1] if slash and len(names) > 1 else None
+            shown = f"{first or 'keep'}/{second or 'keep'}" if slash else first or "keep"
+            found[pattern] = Choice(text=shown, weight=first, input=second, cache=first)
+        return found
+
+
+def choice_bits(choice: Choice) -> float:
+    """Return the bits of one weight under a choice without scales, infinite where it stays as it is."""
+    return math.inf if choice.weight is None else float(parse_format(choice.weight).element.bits)
+
+
+def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:
+    """Return name -> value of texts ``NAME=VALUE``; raises :class:`InputError` for any other and for names given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise InputError(f"{what} {text!r} is not NAME=VALUE")
+        if name.strip() in found:
+            raise InputError(f"{what} {name.strip()!r} is given twice")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def parse_latency(record: Any, where: str) -> dict[str, dict[str, float]]:
+    """Return module (or "*") -> choice -> seconds of a latency table's JSON; raises :class:`InputError` naming what is wrong."""
+    if not isinstance(record, Mapping) or not record:
+        raise InputError(f"{where}: a latency table is an object, module or '*' -> choice -> seconds")
+    found: dict[str, dict[str, float]] = {}
+    for module, row in record.items():
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: {module!r} is {repr(row)[:60]}, not choice -> seconds")
+        for choice, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{where}: {module}, {choice}: {repr(value)[:40]} is no number of seconds")
+        found[str(module)] = {parse_menu([str(c), "keep", "int8"])[0].text: float(v) for c, v in row.items()}
+    return found

@@ -1,0 +1,200 @@
+"""A plan in the terminal and as files: ``plan.json``, a short report beside it, and the frontier as a picture."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aqnfx.errors import printable
+from aqnfx.planning.precision_plan import PrecisionPlan
+from aqnfx.reporting.artifacts import write_json, write_text
+from aqnfx.reporting.markdown import table
+from aqnfx.reporting.text import MISSING, flatten, nats, percent
+from aqnfx.reporting.text import escape_markdown as md
+
+WORST = 12
+
+
+def save_plan(plan: PrecisionPlan, path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write the plan to ``path``, its report beside it with the suffix ``.md``, and return the paths.
+
+    A frontier is drawn as ``.svg``. Each file is replaced as a whole. Raises :class:`InputError` where one is not writable.
+    """
+    place = Path(path)
+    found = {"plan": write_json(place, plan.to_record())}
+    if plan.frontier:
+        found["frontier"] = write_text(place.with_suffix(".svg"), frontier_svg(plan))
+    found["markdown"] = write_text(place.with_suffix(".md"), plan_markdown(plan, picture=found.get("frontier")))
+    return found
+
+
+def print_plan(plan: PrecisionPlan, console: Console) -> None:
+    """Print the plan, what it was compared with, and the most expensive modules; names are never read as rich markup."""
+    console.print(Text(f"Precision plan for {printable(str(plan.model.get('name')))}", style="bold"))
+    console.print()
+    for line in summary(plan):
+        console.print(Text(printable(line)))
+    console.print()
+    grid = Table(box=box.SIMPLE_HEAD, title="Measured on samples that chose nothing", title_justify="left")
+    for name in ("Plan", "Bits", "KL", "95 %", "KL − plan", "95 %", "Accuracy"):
+        grid.add_column(Text(name), justify="left" if name == "Plan" else "right", overflow="fold")
+    if plan.measured:
+        for row in comparison(plan):
+            grid.add_row(*(Text(cell) for cell in row))
+        console.print(grid)
+    grid = Table(box=box.SIMPLE_HEAD, title=f"The {WORST} most expensive modules", title_justify="left")
+    for name in ("Module", "Choice", "Predicted KL", "Standard error"):
+        grid.add_column(name, justify="left" if name in ("Module", "Choice") else "right", overflow="fold")
+    for row in expensive(plan, WORST):
+        grid.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(grid)
+    for line in plan.notes:
+        console.print(Text(printable(line)))
+
+
+def summary(plan: PrecisionPlan) -> list[str]:
+    """Return what a reader has to know of a plan, in sentences."""
+    counts: dict[str, int] = {}
+    for found in plan.modules.values():
+        counts[found["chosen"]] = counts.get(found["chosen"], 0) + 1
+    chosen = ", ".join(f"{number} in {name}" for name, number in sorted(counts.items(), key=lambda item: -item[1]))
+    found, budget = plan.predicted, plan.budget
+    lines = [
+        f"{plan.effective_bits:.3f} bits per weight with scales, {plan.avg_bits:.3f} without; {plan.bytes / 2**20:.3f} MiB."
+        f" Budget: {budget.get('kind')} {budget.get('value')}, used {_number(budget.get('used'))}.",
+        f"{len(plan.modules)} modules: {chosen}.",
+        f"Predicted KL {nats(found.get('kl'))} ± {nats(found.get('se'))} nats per token (standard error, other samples);"
+        f" measured on the samples that chose {nats(found.get('measured_here'))}; the modules alone add up to"
+        f" {nats(found.get('additive_kl'))}.",
+    ]
+    if refined := found.get("refined"):
+        lines.append(
+            f"Of {refined['tried']} exchanges that looked better, {refined['taken']} held on other draws"
+            + (": the exact additive optimum stands." if not refined["taken"] else f", a gain of {nats(refined['gain'])}.")
+        )
+    if checks := found.get("spot_checks"):
+        ratios = sorted(check["measured"] / check["predicted"] for check in checks if check["predicted"] > 0)
+        lines.append(
+            f"Spot checks: {len(ratios)} single choices measured {ratios[0]:.2f} to {ratios[-1]:.2f} of what was predicted."
+        )
+    if plan.coupling.get("mode") == "fused" and plan.coupling.get("kl_without") is not None:
+        gap, error = plan.coupling["difference"], plan.coupling["se"]
+        clear = error is not None and abs(gap) > 1.96 * error
+        lines.append(
+            f"Coupling: predicted KL {nats(plan.coupling['kl'])} with {len(plan.coupling['groups'])} fused groups,"
+            f" {nats(plan.coupling['kl_without'])} without"
+            + (f": it costs {percent(gap / plan.coupling['kl_without'])}." if clear else ": not distinguishable.")
+        )
+    return lines
+
+
+def comparison(plan: PrecisionPlan) -> list[tuple[str, ...]]:
+    """Return the rows of the table of plans: name, bits, KL, its interval, difference, its interval, accuracy."""
+    mine = ("this plan", f"{plan.effective_bits:.3f}", *_interval(plan.measured["kl"]), "", "", _accuracy(plan.measured))
+    rows: list[tuple[str, ...]] = [mine]
+    if "clean_exact_match" in plan.measured:
+        clean = plan.measured["clean_exact_match"]
+        rows.insert(0, ("the model as it is", "", "0", "", "", "", _share(clean)))
+    for other in plan.compared:
+        rows.append((
+            other["name"], f"{other['effective_bits']:.3f}", *_interval(other["kl"]), *_interval(other["kl_minus_plan"]),
+            _accuracy(other),
+        ))  # fmt: skip
+    return rows
+
+
+def expensive(plan: PrecisionPlan, count: int) -> list[tuple[str, ...]]:
+    """Return the modules whose choice costs most: module, choice, predicted KL alone, standard error."""
+    rows = [(found["options"][found["chosen"]], module, found["chosen"]) for module, found in plan.modules.items()]
+    rows.sort(key=lambda row: -row[0]["kl"])
+    return [(module, choice, nats(cost["kl"]), nats(cost["se"])) for cost, module, choice in rows[:count]]
+
+
+def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
+    """Return a plan as GitHub Markdown, ending in a new line; names from outside are escaped."""
+    lines = [f"# Precision plan for {md(plan.model.get('name'))}", "", *(f"{md(line)}  " for line in summary(plan))]
+    if plan.measured:
+        lines += [
+            "", f"## Measured on {plan.measured['samples']} samples that chose nothing", "",
+            *table(("Plan", "Bits", "KL", "95 %", "KL − plan", "95 %", "Accuracy"), comparison(plan), right=(1, 2, 4)),
+        ]  # fmt: skip
+    if plan.frontier:
+        rows = [(f"{row['used']:.3f}", nats(row["kl"]), nats(row["se"])) for row in plan.frontier]
+        lines += ["", "## Best predicted KL by budget", ""]
+        lines += [f"![frontier]({picture.name})", ""] if picture is not None else []
+        lines += table(("Bits", "Predicted KL", "Standard error"), rows, right=(0, 1, 2))
+    names = ("Module", "Choice", "Predicted KL", "Standard error")
+    lines += ["", "## Modules", "", *table(names, expensive(plan, len(plan.modules)), right=(2, 3))]
+    if plan.notes:
+        lines += ["", "## Notes", "", *(f"- {md(note)}" for note in plan.notes)]
+    lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": plan.model} | plan.provenance))]
+    return "\n".join(lines) + "\n"
+
+
+def frontier_svg(plan: PrecisionPlan, *, width: int = 640, height: int = 400) -> str:
+    """Return the frontier as SVG: bits per weight against predicted KL, logarithmic, with its standard errors."""
+    points = [row for row in plan.frontier if row["kl"] > 0]
+    if not points:
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"/>\n'
+    left, bottom, top, right = 70, height - 50, 30, width - 20
+    bits = [row["used"] for row in points]
+    logs = [math.log10(row["kl"]) for row in points]
+    low, high = math.floor(min(logs)), math.ceil(max(logs) + 1e-9)
+    span = max(max(bits) - min(bits), 1e-9)
+
+    def x(value: float) -> float:
+        return left + (value - min(bits)) / span * (right - left)
+
+    def y(value: float) -> float:
+        place: float = min(max(math.log10(max(value, 1e-300)), low), high) - low
+        return float(bottom - place / max(high - low, 1) * (bottom - top))
+
+    name = html.escape(str(plan.model.get("name")))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+        f"<title>Bits per weight against predicted KL, {name}</title>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for power in range(low, high + 1):
+        at = y(10.0**power)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
+    line = " ".join(f"{x(row['used']):.1f},{y(row['kl']):.1f}" for row in points)
+    parts.append(f'<polyline fill="none" stroke="#1f77b4" points="{line}"/>')
+    for row in points:
+        least, most = y(max(row["kl"] - 1.96 * row["se"], 10.0**low)), y(row["kl"] + 1.96 * row["se"])
+        at = x(row["used"])
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{least:.1f}" y2="{most:.1f}" stroke="#1f77b4"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{y(row["kl"]):.1f}" r="3" fill="#1f77b4"/>')
+        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{row["used"]:.2f}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">bits per weight, scales counted</text>')
+    parts.append(f'<text x="{left}" y="18">predicted KL, nats per token, with 95 % intervals</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _interval(found: dict[str, Any]) -> tuple[str, str]:
+    if found.get("low") is None:
+        return nats(found.get("estimate")), MISSING
+    return nats(found["estimate"]), f"{nats(found['low'])} to {nats(found['high'])}"
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    return _share(found["exact_match"]) if "exact_match" in found else _share(found["top1_agreement"])
+
+
+def _share(found: dict[str, Any]) -> str:
+    if found.get("low") is None:
+        return percent(found.get("estimate"))
+    return f"{percent(found['estimate'])} ({percent(found['low'])} to {percent(found['high'])})"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
