@@ -123,3 +123,11 @@ def test_the_command_line(case: Case, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
     assert "did you mean 'torchao'" in done.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_the_order_of_a_plan_does_not_matter(case: Case) -> None:
+    """Query and key read one value, which is stored once, before the first of them."""
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    formats = {name: {"weight": "int8:row", "input": "int8:token"} for name in names}
+    backwards = dict(reversed(formats.items()))
+    assert case.planned(formats).fingerprint == case.planned(backwards).fingerprint
