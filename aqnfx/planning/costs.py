@@ -36,10 +36,10 @@ _PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
 class Costs:
     """What every choice costs: ``columns`` holds, per option, Σ g·δ per draw and sample, fp64 (options, K, n).
 
-    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens. ``kl`` and ``se`` (options,) are the predicted KL in
-    nats per token of that option alone and its standard error for these samples; ``unbiased`` and ``elementwise`` (options,)
-    the two estimates that it is made of, ``spread`` the standard deviation of the log of the second around the truth,
-    ``truncation`` that of what second order leaves out, per √KL.
+    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens. ``kl`` and
+    ``se`` (options,) are the predicted KL in nats per token of that option alone and its standard error for these samples;
+    ``unbiased`` and ``elementwise`` (options,) the two estimates that it is made of, ``spread`` the standard deviation of
+    the log of the second around the truth, ``truncation`` that of what second order leaves out, per √KL.
     """
 
     index: Mapping[tuple[str, str], int]
@@ -95,8 +95,9 @@ def costs(
     kl, se, spread = combine(table, elementwise, tokens)
     unbiased = mean_square(table, tokens)
     return Costs(
-        index=index, columns=table, per_sample=found.tokens.astype(np.float64), kl=kl, se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased,
-        elementwise=elementwise, spread=spread, truncation=truncation,
+        index=index, columns=table, per_sample=found.tokens.astype(np.float64), kl=kl,
+        se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased, elementwise=elementwise, spread=spread,
+        truncation=truncation,
     )  # fmt: skip
 
 
@@ -134,8 +135,8 @@ def combine(columns: Array, elementwise: Array, tokens: int) -> tuple[Array, Arr
     # log u is low by v/2 in the mean, as the logarithm is bent.
     apart = np.log(u[there]) + relative / 2.0 - np.log(elementwise[there])
     spread2 = _excess_variance(np.square(apart), relative)
-    # An option that is further off than the spread allows is believed less: its own distance is its prior.
-    prior = np.maximum(spread2, (np.square(apart) - relative) / 4.0)
+    # Beyond two standard deviations the spread of the others says nothing of an option: its own distance takes its place.
+    prior = np.maximum(spread2, np.square(apart) - 4.0 * (spread2 + relative))
     weight = prior / (prior + relative)
     kl[there] = elementwise[there] * np.exp(weight * apart)
     se[there] = kl[there] * np.sqrt(weight * relative)

@@ -92,15 +92,18 @@ def parse_menu(texts: str | Sequence[str]) -> tuple[Choice, ...]:
     different choices, which leave nothing to choose.
     """
     names = texts.split(",") if isinstance(texts, str) else list(texts)
-    found: dict[str, Choice] = {}
-    for text in (name.strip() for name in names if name.strip()):
-        weight, slash, given = text.partition("/")
-        first, second = _format(weight), _format(given) if slash else None
-        name = f"{first or _KEEP}/{second or _KEEP}" if slash else first or _KEEP
-        found[name] = Choice(text=name, weight=first, input=second, cache=first)
+    found = {choice.text: choice for choice in (parse_choice(name) for name in names if name.strip())}
     if len(found) < 2:
         raise InputError(f"a menu needs two formats or more to choose from; found {', '.join(found) or 'none'}")
     return tuple(found.values())
+
+
+def parse_choice(text: str) -> Choice:
+    """Return the choice that ``FORMAT``, ``FORMAT/FORMAT`` or ``keep`` names; raises :class:`InputError` for another text."""
+    weight, slash, given = text.partition("/")
+    first, second = _format(weight), _format(given) if slash else None
+    name = f"{first or _KEEP}/{second or _KEEP}" if slash else first or _KEEP
+    return Choice(text=name, weight=first, input=second, cache=first)
 
 
 def parse_cache_menu(texts: str) -> tuple[Choice, ...]:

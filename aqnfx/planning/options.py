@@ -11,7 +11,7 @@ from typing import Any
 from aqnfx.diagnosis.options import DTYPES, byte_count
 from aqnfx.errors import InputError, nearest
 from aqnfx.numerics.formats import parse_format
-from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_menu
+from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_choice, parse_menu
 
 COUPLE = ("none", "fused")
 RULES = ("optimal", "threshold")
@@ -116,14 +116,7 @@ class PlanOptions:
 
     def kept(self) -> dict[str, Choice]:
         """Return glob -> the choice that is not in question there."""
-        found = {}
-        for pattern, text in self.keep.items():
-            weight, slash, given = text.partition("/")
-            names = [None if name.strip() == "keep" else parse_format(name).name for name in (weight, given) if name or not slash]
-            first, second = names[0], names[1] if slash and len(names) > 1 else None
-            shown = f"{first or 'keep'}/{second or 'keep'}" if slash else first or "keep"
-            found[pattern] = Choice(text=shown, weight=first, input=second, cache=first)
-        return found
+        return {pattern: parse_choice(text) for pattern, text in self.keep.items()}
 
 
 def choice_bits(choice: Choice) -> float:
@@ -155,5 +148,5 @@ def parse_latency(record: Any, where: str) -> dict[str, dict[str, float]]:
         for choice, value in row.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{where}: {module}, {choice}: {repr(value)[:40]} is no number of seconds")
-        found[str(module)] = {parse_menu([str(c), "keep", "int8"])[0].text: float(v) for c, v in row.items()}
+        found[str(module)] = {parse_choice(str(c)).text: float(v) for c, v in row.items()}
     return found

@@ -245,8 +245,9 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
             ],
         },
         "predicted": {
-            "kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive_kl": predicted.additive, "refined": tried,
-            "estimator_spread": found.spread, "truncation": found.truncation, "spot_checks": list(scored.checks),
+            "kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive_kl": predicted.additive,
+            "refined": tried, "estimator_spread": found.spread, "truncation": found.truncation,
+            "spot_checks": list(scored.checks),
         },
     }  # fmt: skip
 

@@ -195,7 +195,7 @@ def test_an_expanded_attention_is_expanded_here_too():
     import aqnfx
     from tests.families import build
 
-    fused = aqnfx.trace(build("llama"))
+    fused = aqnfx.trace(build("llama", num_hidden_layers=1))
     expanded = Pipeline.parse('tag-layers,decompose-attention{where="ops:softmax"},tag-ops')(fused)
     found = join(fused, record(expanded))
     assert len(found.sites) == len([site for site in expanded.sites if site.region != "position"])

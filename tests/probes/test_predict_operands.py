@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import aqnfx
+from aqnfx.errors import PassError
 from aqnfx.numerics import score_weight
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.passes.pipeline import Pipeline
@@ -68,6 +69,33 @@ def test_formats_of_weights_and_inputs_are_those_of_explicit_jacobians(net, tagg
     known = sites(role)
     for chosen, expected in ((known[:1], alone[0]), (known[1:], alone[1]), (known, together)):
         np.testing.assert_allclose(found.perturbed_kl(chosen, name), expected.numpy(), rtol=1e-7, atol=1e-18)
+
+
+@pytest.mark.parametrize("role", ["weight", "input"])
+def test_elements_are_squared_one_by_one(net, tagged, role, monkeypatch):
+    """Σ (g·δ)² over elements is the sum of what each element's change costs alone, a factor of a half apart."""
+    monkeypatch.setattr(module, "projection", AllSigns(16))
+    batch, name = points(), "int3:g2"
+    where = f"modules:{'|'.join(LINEARS)},roles:{role}"
+    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=16 perturb="{name}" elements=true}}')(tagged)
+    found = predict(scored, lambda b: scored(x=b.x.double()), [batch], draws=16)  # type: ignore[arg-type]
+    assert found.elements is not None
+    layer, x = net.layers[0], batch.x.double()
+    zero = torch.zeros_like(moved(net, batch, role, name)[1])
+    delta = perturbation(name)(layer.up.weight.detach() if role == "weight" else x, -1, 0)
+    expected = torch.zeros(4, dtype=torch.float64)
+    shape = delta.shape if role == "weight" else delta.shape[1:]
+    for place in itertools.product(*map(range, shape)):
+        one, chosen = torch.zeros_like(delta), place if role == "weight" else (slice(None), *place)
+        one[chosen] = delta[chosen]
+        change = F.linear(x, one) if role == "weight" else F.linear(one, layer.up.weight.detach())
+        expected += exact(net, batch, [(change, zero)])
+    np.testing.assert_allclose(0.5 * found.elements[0, 0], expected.numpy(), rtol=1e-7, atol=1e-18)
+
+
+def test_elements_need_a_declared_perturbation(tagged):
+    with pytest.raises(PassError, match="elements=true is about declared perturbations"):
+        Pipeline.parse('insert-score{where="ops:linear" elements=true}')(tagged)
 
 
 def test_a_format_as_the_kind_is_what_kl_returns(net, tagged, monkeypatch):

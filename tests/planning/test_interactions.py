@@ -1,0 +1,84 @@
+"""The KL of whole plans, and local search: what the sketch says, and nothing that only its noise says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aqnfx.planning.costs import Costs, mean_square
+from aqnfx.planning.interactions import kl_difference_error, plan_kl, refine
+
+TOKENS = np.full(16, 50.0)
+
+
+def made(columns) -> Costs:
+    kl = mean_square(columns, int(TOKENS.sum()))
+    return Costs(
+        index={(f"m{i}", "x"): i for i in range(len(columns))}, columns=columns, per_sample=TOKENS, kl=kl, se=0.1 * kl,
+        unbiased=kl, elementwise=kl, spread=0.1, truncation=0.0,
+    )  # fmt: skip
+
+
+def test_errors_that_cancel_and_errors_that_add() -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(size=(1, 8, 16))
+    costs = made(np.concatenate([base, -base, base]))
+    one = plan_kl(costs, [0]).kl
+    assert plan_kl(costs, [0, 1]).kl == pytest.approx(0.0, abs=1e-15)
+    assert plan_kl(costs, [0, 2]).kl == pytest.approx(4.0 * one)
+    assert plan_kl(costs, [0, 2]).additive == pytest.approx(2.0 * one)
+
+
+def test_standard_errors_cover_other_draws_and_other_samples() -> None:
+    random, tokens = np.random.default_rng(1), TOKENS.sum()
+    scale = random.gamma(0.5, 2.0, size=16 * 500)  # samples differ widely
+    truth_here, covered, anywhere = [], [], []
+    for run in range(500):
+        part = scale[16 * run : 16 * run + 16]
+        found = plan_kl(made(np.sqrt(part) * random.normal(size=(1, 8, 16))), [0])
+        truth_here.append(0.5 * part.sum() / tokens)
+        covered.append(abs(found.kl - truth_here[-1]) < 1.96 * found.se_here)
+        anywhere.append(abs(found.kl - 0.5 * 16.0 / tokens) < 1.96 * found.se)
+    assert 0.85 <= np.mean(covered) <= 0.99
+    assert 0.8 <= np.mean(anywhere) <= 0.97  # skewed: a normal interval covers a little less
+
+
+def test_the_error_of_a_difference_knows_that_draws_are_shared() -> None:
+    random = np.random.default_rng(2)
+    base = random.normal(size=(1, 8, 16))
+    costs = made(np.concatenate([base, 1.05 * base, random.normal(size=(1, 8, 16))]))
+    assert kl_difference_error(costs, [0], [1]) < 0.2 * kl_difference_error(costs, [0], [2])
+
+
+def choices(costs: Costs) -> list[list[list[int]]]:
+    """Return groups of two options, rows in pairs."""
+    return [[[2 * g], [2 * g + 1]] for g in range(len(costs.columns) // 2)]
+
+
+def test_an_exchange_that_cancels_errors_is_found() -> None:
+    random = np.random.default_rng(3)
+    first, other = random.normal(size=(2, 8, 16))
+    # The second option of group 1 is a little more expensive alone and cancels what group 0 does.
+    costs = made(np.stack([first, 1.2 * other, other, -first * 1.05]))
+    found = refine(costs, choices(costs), (0, 0), lambda chosen: True)
+    assert found.chosen == (0, 1)
+    assert found.taken >= 1
+    assert found.gain > 0.0
+    kept = refine(costs, choices(costs), (0, 0), lambda chosen: chosen == (0, 0))
+    assert kept.chosen == (0, 0)
+
+
+def test_noise_moves_nothing() -> None:
+    moved = 0
+    for seed in range(20):
+        columns = np.random.default_rng(seed).normal(size=(24, 8, 16))
+        found = refine(made(columns), choices(made(columns)), (0,) * 12, lambda chosen: True)
+        moved += found.taken
+        assert found.tried > 0
+    assert moved <= 1
+
+
+def test_with_one_draw_nothing_is_held_out() -> None:
+    columns = np.random.default_rng(0).normal(size=(4, 1, 16))
+    found = refine(made(columns), choices(made(columns)), (0, 0), lambda chosen: True)
+    assert (found.chosen, found.tried) == ((0, 0), 0)
