@@ -21,9 +21,8 @@ def checkpoint_dtype(job: Job, given: str) -> torch.dtype:
     Raises :class:`InputError` for another text.
     """
     if given == "auto":
-        own = getattr(job.model.config, "dtype", None) if _is_pretrained(job.model) else None
         first: torch.dtype = next(job.model.parameters()).dtype
-        return own if isinstance(own, torch.dtype) and own in DTYPES.values() else first
+        return job.stored_dtype if job.stored_dtype in DTYPES.values() and job.stored_dtype is not None else first
     if given not in DTYPES:
         raise InputError(f"--dtype {given} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[given]

@@ -61,7 +61,6 @@ def _symmetric(groups: Tensor, fmt: Format) -> Codes:
     if fmt.scale == "e8m0":
         top = element.top if isinstance(element, FloatElement) else 0
         scales = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 1 - top).clamp_min(_SMALLEST_E8M0))
-        scales = torch.where(largest == 0, 2.0**_SMALLEST_E8M0, scales)
     elif fmt.scale == "e4m3":
         whole = _divisor(groups.abs().amax() / (E4M3.largest * element.largest))
         scales = round_element(largest / element.largest / whole, E4M3) * whole

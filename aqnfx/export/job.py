@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqnfx.data import embedded_model
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, assigned_sites
-from aqnfx.graph.frontend import load_model, trace
+from aqnfx.graph.frontend import EMBEDDED, load_model, trace
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.passes.pipeline import Pipeline
@@ -28,13 +29,15 @@ class Job:
     """A plan, and the model whose weights it was made for, loaded and traced.
 
     ``path`` is the plan's file, for messages. ``model`` belongs to the job: an export may change it. ``program`` has run
-    ``tag-layers,tag-ops`` and shares its weights.
+    ``tag-layers,tag-ops`` and shares its weights. ``stored_dtype`` is that of the file that the model was loaded from, None where
+    it is not known.
     """
 
     path: str
     plan: PrecisionPlan
     model: nn.Module
     program: Program
+    stored_dtype: torch.dtype | None = None
 
     @property
     def formats(self) -> dict[str, Assignment]:
@@ -76,15 +79,16 @@ def open_plan(path: str | Path, model: nn.Module | str | Path | None = None) -> 
     plan = PrecisionPlan.from_record(read_json(path, schema=PLAN_SCHEMA), where=str(path))
     if not any(found.formats() for found in plan.assignments.values()):
         raise InputError(f"{path} stores everything as the model has it; there is nothing to export")
+    own = None
     if model is None or isinstance(model, (str, Path)):
-        model = _load(plan, path, model)
+        model, own = _load(plan, path, model)
     program = Pipeline.parse("tag-layers,tag-ops")(trace(model))
     assigned_sites(program, plan.assignments)
     check_model(plan, program, path)
-    return Job(path=str(path), plan=plan, model=model, program=program)
+    return Job(path=str(path), plan=plan, model=model, program=program, stored_dtype=own)
 
 
-def _load(plan: PrecisionPlan, path: str | Path, given: str | Path | None) -> nn.Module:
+def _load(plan: PrecisionPlan, path: str | Path, given: str | Path | None) -> tuple[nn.Module, torch.dtype | None]:
     name = plan.model.get("name") if given is None else str(given)
     if not isinstance(name, str) or not name:
         raise InputError(f"{path} does not name its model; add --model DIRECTORY")
@@ -92,10 +96,16 @@ def _load(plan: PrecisionPlan, path: str | Path, given: str | Path | None) -> nn
     if dtype not in DTYPES:
         raise InputError(f"{path}: the dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
-        return load_model(name, dtype=DTYPES[dtype])
+        model = load_model(name, dtype=DTYPES[dtype])
     except ModelError as error:
         hint = "; that name is from the plan: add --model DIRECTORY" if given is None else ""
         raise ModelError(f"{error}{hint}") from error
+    from transformers import AutoConfig
+
+    # Loading in another dtype writes that one over the file's own in the model's config.
+    place = str(embedded_model()) if name == EMBEDDED and not Path(name).exists() else name
+    own = getattr(AutoConfig.from_pretrained(place, trust_remote_code=False), "dtype", None)
+    return model, own if isinstance(own, torch.dtype) else None
 
 
 def needs(package: str, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,7 @@ def test_a_tied_head_that_is_not_planned_stays_tied(tied: Case) -> None:
 
 
 def test_float32_scales_keep_the_checkpoint_in_float32(case: Case) -> None:
-    job = case.job({DOWN: {"weight": "int8:row"}})
-    job.model.config.dtype = torch.bfloat16
+    job = dataclasses.replace(case.job({DOWN: {"weight": "int8:row"}}), stored_dtype=torch.bfloat16)
     found = export_compressed_tensors(job, case.new())
     assert any("stored in float32" in note for note in found.notes)
     assert load(found.path).dtype == torch.float32

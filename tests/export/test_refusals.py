@@ -109,6 +109,12 @@ def test_codes_are_the_planned_values(name: str) -> None:
     assert torch.equal(encode(weight, fmt).stored(), quantize(weight, fmt))
 
 
+def test_codes_that_are_not_the_plan_are_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aqnfx.export.codes.quantize", lambda x, fmt: quantize(x, fmt) * (1.0 + 2.0**-20))
+    with pytest.raises(AqnfxError, match="not the values that were planned"):
+        encode(torch.randn(4, 32), parse_format("int8:row"))
+
+
 def test_the_command_line(case: Case, tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "aqnfx.cli.main", "export", *words]

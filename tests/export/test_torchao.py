@@ -12,10 +12,17 @@ from torchao.quantization import Int8WeightOnlyConfig, fqn_matches_fqn_config, q
 from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModelForCausalLM
 
+import aqnfx
 from aqnfx.errors import InputError
+from aqnfx.export.targets import export_plan
 from aqnfx.export.torchao import export_torchao, fqn_config
+from aqnfx.graph.assignments import Assignment
+from aqnfx.graph.frontend import model_digest
 from aqnfx.numerics.formats import parse_format, quantize
+from aqnfx.planning.precision_plan import PrecisionPlan
+from aqnfx.reporting.artifacts import write_json
 from tests.export.conftest import Case, batch, kl
+from tests.families import build
 
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
 GATE, UP, DOWN = (f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up", "down"))
@@ -108,6 +115,19 @@ def test_the_rest_is_stored_in_the_dtype_asked(case: Case) -> None:
     model = load(found.path)
     assert model.model.embed_tokens.weight.dtype == model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert kl(case.planned(formats)(**batch()).logits, model(**batch()).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_by_default_it_is_stored_in_the_dtype_of_the_models_file(tmp_path: Path) -> None:
+    """Plans are made in float32; a file in bfloat16 stays one."""
+    build("llama", num_hidden_layers=1).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(str(tmp_path / "model")))
+    model = {"name": str(tmp_path / "model"), "digest": model_digest(program), "dtype": "float32"}
+    plan = PrecisionPlan(model=model, assignments={DOWN: Assignment(weight="int4:g32")}, avg_bits=4, effective_bits=4.5, bytes=1)
+    path = write_json(tmp_path / "plan.json", plan.to_record())
+    found = load(export_plan(path, "torchao", tmp_path / "out").path)
+    assert found.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert set(torchao_tensors(found)) == {f"{DOWN}.weight"}
 
 
 def test_names_match_themselves_and_nothing_else() -> None:
