@@ -62,12 +62,12 @@ def plan(
     wanted, tell, began = PlanOptions(**options), status or (lambda _text: None), time.perf_counter()
     if wanted.rule == "threshold":
         raise InputError("rule threshold reads a sensitivity map, not data; use threshold_plan()")
-    ready = _prepared(model, data, wanted, tokenizer, tell)
+    ready = prepare_plan(model, data, wanted, tokenizer, tell)
     problem = make_problem(ready.program, wanted)
     for limit in limits(problem, wanted):  # before anything slow
         solve([np.zeros(len(group.choices)) for group in problem.groups], [limit])
     count = min(wanted.samples, len(ready.encoded))
-    chosen, held = _batches(ready, wanted, 0, count), _batches(ready, wanted, count, len(ready.encoded))
+    chosen, held = batches_of(ready, wanted, 0, count), batches_of(ready, wanted, count, len(ready.encoded))
     tell("scoring formats")
     scored = score_options(ready.program, problem, chosen, wanted, progress)
     tell("choosing")
@@ -163,7 +163,8 @@ def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
     return found
 
 
-def _prepared(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell: Callable[[str], None]) -> Prepared:
+def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell: Callable[[str], None]) -> Prepared:
+    """Load, encode, trace and tag for a plan; the samples keep their order, those that choose first."""
     roles = "weight|input|key|value" if wanted.kv_formats is not None else "weight|input"
     options = Options(
         samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
@@ -174,7 +175,8 @@ def _prepared(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell:
     return prepare(model, data, options, tokenizer=tokenizer, tell=tell)
 
 
-def _batches(ready: Prepared, options: PlanOptions, first: int, last: int) -> list[Batch]:
+def batches_of(ready: Prepared, options: PlanOptions, first: int, last: int) -> list[Batch]:
+    """Return samples ``first`` to ``last`` as batches on the device; none where there are no such samples."""
     chosen = ready.encoded[first:last]
     if not chosen:
         return []

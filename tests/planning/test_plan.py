@@ -17,7 +17,7 @@ from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.menu import parse_menu
 from aqnfx.planning.options import PlanOptions
-from aqnfx.planning.planner import _batches, _prepared, choose, score_options
+from aqnfx.planning.planner import batches_of, choose, prepare_plan, score_options
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
 from aqnfx.planning.problem import limits, make_problem
 from tests.cli.tiny import TEXT, save_model
@@ -38,7 +38,7 @@ def plain(directory: Path) -> PrecisionPlan:
 
 @pytest.fixture(scope="module")
 def prepared(directory: Path):
-    return _prepared(str(directory), TEXTS, PlanOptions(**QUICK, avg_bits=6.0), None, lambda _: None)
+    return prepare_plan(str(directory), TEXTS, PlanOptions(**QUICK, avg_bits=6.0), None, lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_plan_file_applies_as_it_was_measured(plain: PrecisionPlan, prepared
     path.write_text(json.dumps(plain.to_record()))
     ready = prepared
     applied = aqnfx.Pipeline.parse(f"apply-plan{{plan={path}}}")(ready.program)
-    batch = _batches(ready, PlanOptions(**QUICK, avg_bits=6.0), 0, 2)[0]
+    batch = batches_of(ready, PlanOptions(**QUICK, avg_bits=6.0), 0, 2)[0]
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     expected = stored(ready.program, plain.assignments)(**given).logits
     assert applied(**given).logits.equal(expected)
@@ -95,7 +95,7 @@ def test_other_weights_are_another_model(plain: PrecisionPlan, tmp_path: Path) -
 def test_budgets_of_every_kind(prepared) -> None:
     ready, options = prepared, PlanOptions(**QUICK, avg_bits=6.0)
     problem = make_problem(ready.program, options)
-    scored = score_options(ready.program, problem, _batches(ready, options, 0, 4), options)
+    scored = score_options(ready.program, problem, batches_of(ready, options, 0, 4), options)
     middle = int(sum((w.min() + w.max()) / 16 for w in problem.bits(scales=True)))
     for given in ({"avg_bits": 5.0}, {"bytes": middle}, {"avg_bits": 5.0, "count_scales": False}):
         wanted = PlanOptions(**QUICK, **given)
@@ -223,10 +223,10 @@ def test_costs_of_real_models(shared_models: Path, name: str) -> None:
         formats="int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32", avg_bits=5.5, partial="pad", samples=16, eval_samples=0,
         max_length=128, batch_size=16,
     )  # fmt: skip
-    ready = _prepared(
+    ready = prepare_plan(
         str(shared_models / name), str(shared_models.parent / "data" / "tiny_stories.txt"), options, None, lambda _: None
     )
-    problem, batches = make_problem(ready.program, options), _batches(ready, options, 0, 16)
+    problem, batches = make_problem(ready.program, options), batches_of(ready, options, 0, 16)
     scored = score_options(ready.program, problem, batches, options)
     picked, _ = choose(scored, options)
     parts = problem.parts[::4]
