@@ -82,6 +82,7 @@ def _default(value: Any) -> str:
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "diagnose-flags": ("docs/guide.md", lambda: flags_table("diagnose")),
     "scan-flags": ("docs/formats.md", lambda: flags_table("scan")),
+    "export-flags": ("docs/export.md", lambda: flags_table("export")),
     "analyze-flags": ("docs/analysis.md", lambda: flags_table("analyze")),
     "plan-flags": ("docs/planning.md", lambda: flags_table("plan")),
     "passes": ("docs/passes.md", passes_table),
