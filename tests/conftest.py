@@ -9,9 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.exports import Exports
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIP_WORDS = ("until", "absent")
@@ -39,6 +44,31 @@ def shared_models() -> Path:
     if not models.is_dir():
         pytest.skip("../shared/models is absent: it is not part of the repository")
     return models
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_exports() -> Iterator[Exports | None]:
+    """``torch.export.export`` records a Hugging Face model of one description once; see ``tests/exports.py``."""
+    if not Path(__file__).with_name("exports.py").exists():  # the rule below is tested with a copy of this file alone
+        yield None
+        return
+    import torch
+
+    from tests.exports import Exports
+
+    with pytest.MonkeyPatch.context() as patch:
+        exports = Exports(torch.export.export)
+        patch.setattr(torch.export, "export", exports)
+        yield exports
+
+
+@pytest.fixture
+def own_exports(shared_exports: Exports | None) -> Iterator[None]:
+    """For tests of tracing itself: every export is made anew."""
+    assert shared_exports is not None
+    shared_exports.fresh = True
+    yield
+    shared_exports.fresh = False
 
 
 # A skip without an expiry condition fails the session ----------------------------------------------------------------

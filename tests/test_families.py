@@ -19,6 +19,8 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag, is_float
 from tests.families import BLOCKS, FAMILIES, build, build_from, inputs
 
+pytestmark = pytest.mark.usefixtures("own_exports")
+
 TRACED = "tag-layers,tag-ops"
 NOISY = 'insert-noise{where="ops:all"}'
 

@@ -41,6 +41,7 @@ from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.samples import load_tokenizer
 
 Array = NDArray[np.float64]
@@ -95,6 +96,7 @@ class Subject:
     probes: tuple[Probe, ...]
     batches: Sequence[Batch]
     setting: Setting
+    replay: bool = True  # a noisy run starts at the layer of its site, which gives the same bits
 
     @classmethod
     def of(cls, model: Any, data: Path | Sequence[str], setting: Setting, *, tokenizer: Any = None) -> Subject:
@@ -109,7 +111,7 @@ class Subject:
         every = [probe.key for probe in plan_probes(ready.program, Selector.parse(options.where), kinds=("site",))]
         where = f"sites:{'|'.join(spread(every, setting.sites))}"
         score = f'insert-score{{where="{where}" samples={len(ready.encoded)} draws={setting.draws}}}'
-        noise = f'insert-noise{{where="{where}" compiled={str(setting.compiled).lower()}}}'
+        noise = f'insert-noise{{where="{where}" compiled={str(setting.compiled).lower()}}},partition-blocks'
         return cls(
             scored=Pipeline.parse(score)(ready.program), noisy=Pipeline.parse(noise)(ready.program),
             probes=plan_probes(ready.program, Selector.parse(where), kinds=("site",)), batches=ready.batches(options),
@@ -134,7 +136,7 @@ class Subject:
                 noisy.graph.erase_node(output)
             noisy.graph.erase_node(node)
         noisy.module.recompile()
-        return dataclasses.replace(self, noisy=noisy)
+        return dataclasses.replace(self, noisy=noisy, replay=False)
 
     def predict(self, seed: int = 0) -> Predictions:
         """Predict every site; other seeds have other draws."""
@@ -143,7 +145,8 @@ class Subject:
     def measure(self, probes: Sequence[Probe], levels: tuple[float, ...], *, seeds: int) -> Measurements:
         """Measure ``probes`` one by one."""
         plan = Sweep(probes=tuple(probes), levels=levels, seeds=tuple(range(seeds)), base_level=levels[0], task="kl")
-        return measure(self.noisy, eager_forward(self.noisy), self.batches, plan)
+        replay = BlockReplay(self.noisy, starts=[p.sites for p in probes]) if self.replay else None
+        return measure(self.noisy, replay or eager_forward(self.noisy), self.batches, plan)
 
     def channels(self, predictions: Predictions, site: str, level: float = 0.1) -> tuple[list[int], Array, Array]:
         """Return channels of ``site`` evenly spread over the logarithm of their predicted KL, that KL, and the measured one.

@@ -14,6 +14,8 @@ from aqnfx.errors import InputError, ModelError, TraceError
 from tests.families import build, inputs
 from tests.graph.small import Block, Stack, Tiny, generator, seeded, traced
 
+pytestmark = pytest.mark.usefixtures("own_exports")
+
 
 def test_plain_module_by_position_and_by_name():
     model = seeded(Tiny())

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -145,6 +146,8 @@ def test_control_changes_do_not_compile_again():
     torch._dynamo.reset()
 
 
+# Scalar code: writing vector instructions takes Inductor most of a minute, and rows of 6 and 3 values fill no vector.
+@torch._inductor.config.patch({"cpp.simdlen": 1})
 def test_lowered_program_compiles_once_with_inductor():
     torch._dynamo.reset()
     noisy = Pipeline.parse('insert-noise{where="ops:linear"}')(traced(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), 3, 4))
