@@ -65,3 +65,18 @@ def check_interval(value: Any, where: str) -> tuple[float, float] | None:
     for bound in value:
         check_number(bound, where, optional=True)
     return None if None in value else (float(value[0]), float(value[1]))
+
+
+def map_facts(smap: SensitivityMap) -> dict[str, Any]:
+    """Return what an artifact that was made from a map records of it."""
+    return {
+        "kind": str(smap.noise["kind"]), "base_level": smap.base_level, "metric": smap.task["metric"], "samples": smap.samples,
+        "method": smap.method, "partial": smap.partial, "data": smap.provenance.get("data"),
+    }  # fmt: skip
+
+
+def perturbation(smap: SensitivityMap) -> str:
+    """Return what a map's classes and flat tables refer to, in words: "of relative_gaussian at level 0.05"."""
+    if smap.format is None:
+        return f"of {smap.noise['kind']} at level {smap.base_level:g}"
+    return f"of the format {smap.format}" + ("" if smap.base_level == 1 else f" at {smap.base_level:g} times its error")

@@ -117,7 +117,7 @@ class PlanOptions:
             raise InputError(f"rule threshold takes three formats, from precise to coarse; found {len(menu)}: {found}")
         bits = [choice_bits(choice) for choice in menu]
         if bits != sorted(bits, reverse=True):
-            raise InputError(f"rule threshold takes formats from precise to coarse, found bits {', '.join(f'{b:g}' for b in bits)}")
+            raise InputError(f"rule threshold goes from precise to coarse, found bits {', '.join(f'{b:g}' for b in bits)}")
         pair = self.thresholds
         numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in pair)
         if len(pair) != 2 or not numbers or not pair[0] > pair[1]:

@@ -83,7 +83,7 @@ def plan(
         made["frontier"] = frontier(scored, wanted)
     if wanted.couple == "fused":
         made["coupling"] |= _coupling_cost(ready.program, scored, picked, wanted)
-    facts = run_facts(ready, data, wanted, count) | scored.facts | {"seconds": time.perf_counter() - began}
+    facts = {**run_facts(ready, data, wanted, count), **scored.facts, "seconds": time.perf_counter() - began}
     return PrecisionPlan(
         **jsonable(
             made | {"model": model_facts(model, ready.program), "notes": notes, "provenance": facts}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number
+from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number, map_facts, perturbation
 from aqnfx.diagnosis.prepare import Data
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
@@ -74,8 +74,10 @@ def threshold_plan(
     wanted = PlanOptions(rule="threshold", formats=",".join(formats), thresholds=thresholds, **options)
     ready = None if data is None else prepare_plan(model, data, wanted, tokenizer, tell)
     tell("tracing")
-    given = model if isinstance(model, Program) else None
-    program = ready.program if ready is not None else given or trace(model, dtype=getattr(torch, wanted.dtype))
+    if ready is not None:
+        program = ready.program
+    else:
+        program = model if isinstance(model, Program) else trace(model, dtype=getattr(torch, wanted.dtype))
     tagged = as_probed(program, smap)
     problem = make_problem(tagged, wanted)
     found = {part.module: sensitivity(part, tagged, smap) for part in problem.parts}
@@ -191,18 +193,9 @@ def _modules(
     return records
 
 
-def map_facts(smap: SensitivityMap) -> dict[str, Any]:
-    """Return what an artifact that was made from a map records of it."""
-    return {
-        "kind": str(smap.noise["kind"]), "base_level": smap.base_level, "metric": smap.task["metric"], "samples": smap.samples,
-        "method": smap.method, "partial": smap.partial, "data": smap.provenance.get("data"),
-    }  # fmt: skip
-
-
 def _notes(smap: SensitivityMap, found: Mapping[str, Sensitivity | None], options: PlanOptions) -> list[str]:
     known = [item for item in found.values() if item is not None]
-    where = f"of {smap.noise['kind']} at level {smap.base_level:g}" if smap.format is None else f"of the format {smap.format}"
-    notes = [f"sensitivities are those {where}; a map at another level gives another plan"]
+    notes = [f"sensitivities are those {perturbation(smap)}; a map at another level gives another plan"]
     counts = {name: sum(item.source == name for item in known) for name in ("site", "layer", "operator")}
     said = ", ".join(f"{number} by {name}" for name, number in counts.items() if number)
     guessed = sum(item.estimated for item in known)

@@ -201,7 +201,7 @@ def _judged(plan: PrecisionPlan) -> str:
 
 def _columns(plan: PrecisionPlan) -> tuple[str, ...]:
     if plan.rule == "threshold":
-        return ("Module", "Choice", "Degradation", "95 %", "From")
+        return ("Module", "Choice", "Degradation", "Interval", "From")
     return ("Module", "Choice", "Predicted KL", "Standard error")
 
 
