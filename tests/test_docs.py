@@ -82,7 +82,9 @@ def _default(value: Any) -> str:
 GENERATED: dict[str, tuple[str, Callable[[], str]]] = {
     "diagnose-flags": ("docs/guide.md", lambda: flags_table("diagnose")),
     "scan-flags": ("docs/formats.md", lambda: flags_table("scan")),
+    "export-flags": ("docs/export.md", lambda: flags_table("export")),
     "analyze-flags": ("docs/analysis.md", lambda: flags_table("analyze")),
+    "plan-flags": ("docs/planning.md", lambda: flags_table("plan")),
     "passes": ("docs/passes.md", passes_table),
 }
 
@@ -113,6 +115,13 @@ def test_every_field_of_the_map_is_described() -> None:
     described = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/artifacts.md").read_text("utf-8"), re.MULTILINE))
     missing = {f.name for f in dataclasses.fields(SensitivityMap)} - {"extra"} - described
     assert not missing
+
+
+def test_every_field_of_a_plan_is_described() -> None:
+    from aqnfx.planning.precision_plan import PrecisionPlan
+
+    described = set(re.findall(r"^\| `(\w+)` \|", block("docs/artifacts.md", "plan"), re.MULTILINE))
+    assert described == {f.name for f in dataclasses.fields(PrecisionPlan)} | {"schema"}
 
 
 def test_every_field_of_a_site_of_an_analysis_is_described() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from aqnfx.cli import analyze, demo, diagnose, env, opt, plan, scan, trace
+from aqnfx.cli import analyze, demo, diagnose, env, export, opt, plan, scan, trace
 from aqnfx.errors import AqnfxError, printable
 
 # Typer exports no name for the base of its usage errors, and where it lives differs between versions.
@@ -29,6 +29,7 @@ app.command("opt")(opt.command)
 app.command("diagnose")(diagnose.command)
 app.command("scan")(scan.command)
 app.command("analyze")(analyze.command)
+app.command("export")(export.command)
 app.command("plan")(plan.command)
 app.command("env")(env.command)
 
@@ -43,7 +44,7 @@ def _options(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Where torchao is installed transformers imports it, and it reports every optional kernel that it cannot load.
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if debug:
         os.environ["AQNFX_DEBUG"] = "1"

@@ -100,7 +100,7 @@ def operands_by_module(program: Program) -> dict[str, tuple[Place, ...]]:
 
 
 def assigned_sites(program: Program, assignments: Mapping[str, Assignment]) -> dict[str, tuple[str, ...]]:
-    """Return format -> ids of the operands that are stored in it, every one of the assignments matched.
+    """Return format -> ids of the operands that are stored in it, in execution order, every one of the assignments matched.
 
     Raises :class:`InputError` for a module that the program does not have, or an operand that its module does not read.
     """
@@ -118,4 +118,6 @@ def assigned_sites(program: Program, assignments: Mapping[str, Assignment]) -> d
             if not places:
                 raise InputError(f"the plan stores the {role} of {module} in {name}, and that module reads no {role}")
             found[name].extend(places)
-    return {name: tuple(sites) for name, sites in found.items()}
+    # Not in the order of the file: readers of one value share a node, which stands before the first of them.
+    order = {site: index for index, site in enumerate(program.places)}
+    return {name: tuple(sorted(sites, key=order.__getitem__)) for name, sites in found.items()}

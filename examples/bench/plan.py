@@ -154,17 +154,18 @@ def plans(ready: Prepared, setting: Setting) -> list[dict[str, Any]]:
             seconds = {"ours": between - started, "brute_force": last - between}
             for bits in budgets:
                 wanted = dataclasses.replace(options, avg_bits=bits)
-                row = compared(ready, scored, brute, wanted, setting)
+                row = compared(ready, scored, brute, wanted, setting, batches)
                 found.append({"menu": menu, "bits": bits, "seed": seed, "seconds": seconds, **row})
                 print(f"{menu}, {bits:g} bits, seed {seed}: " + ", ".join(
                     f"{name} {value['kl']:.5f}" for name, value in row["plans"].items()
-                ), f"predicted {row['predicted']['kl']:.5f}", flush=True)  # fmt: skip
+                ), f"predicted {row['predicted']['kl']:.5f}, there measured {row['measured_here']:.5f}", flush=True)  # fmt: skip
     return found
 
 
 def compared(
-    ready: Prepared, scored: Scored, brute: dict[tuple[str, str], float], options: PlanOptions, setting: Setting
-) -> dict[str, Any]:
+    ready: Prepared, scored: Scored, brute: dict[tuple[str, str], float], options: PlanOptions, setting: Setting,
+    batches: list[Batch],
+) -> dict[str, Any]:  # fmt: skip
     problem, budgets = scored.problem, limits(scored.problem, options)
     additive, _ = choose(scored, dataclasses.replace(options, refine=False))
     picked, refined = choose(scored, options)
@@ -174,9 +175,11 @@ def compared(
     measured = measure_plans(ready.program, held, {name: problem.assignments(c) for name, c in choices.items()})
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]
     predicted = plan_kl(scored.costs, rows)
+    here = measure_plans(ready.program, batches, {"ours": problem.assignments(picked)})["ours"].kl
     return {
         "plans": {name: {"kl": value.kl, **against(value, measured["brute force"])} for name, value in measured.items()},
-        "predicted": {"kl": predicted.kl, "se": predicted.se, "additive": predicted.additive},
+        "predicted": {"kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive": predicted.additive},
+        "measured_here": here,
         "differs_from_brute_force": sum(a != b for a, b in zip(picked, choices["brute force"], strict=True)),
         "refined": 0 if refined is None else refined.taken,
     }  # fmt: skip

@@ -1,0 +1,119 @@
+"""``.pt2``: a Program as a file of ``torch.export``, with the operations that passes inserted.
+
+Loading one can run code, so nothing here loads any; ``aqnfx.trace`` does when it is told to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from aqnfx.errors import InputError
+from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
+from aqnfx.export.job import Exported, Job
+from aqnfx.export.staging import staged_file
+from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT
+from aqnfx.graph.program import Program
+from aqnfx.graph.tags import constant, get_tag, static_size
+from aqnfx.numerics.capture import new_buffers
+
+TARGET = "pt2"
+
+
+def export_pt2(job: Job, out: str | Path, *, pipeline: str = "") -> Exported:
+    """Write the Program that the plan (and ``pipeline`` after it) makes as one ``.pt2`` file.
+
+    ``torch.export.load`` reads it after ``import aqnfx.numerics.ops``, or without aqnfx where the pipeline ends in
+    ``lower-ops``. Its module takes the model's inputs by name and returns a dict of its outputs.
+    """
+    program = planned_program(job, pipeline)
+    write_pt2(program, out)
+    note = "aqnfx's operations are in the file: import aqnfx.numerics.ops before torch.export.load"
+    ours = any("aqnfx." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    return Exported(target=TARGET, path=Path(out), files=(Path(out),), notes=(note,) if ours else ())
+
+
+def write_pt2(program: Program, out: str | Path) -> Path:
+    """Write any Program, with noise, fake-quant or capture nodes, to ``out``; raises :class:`InputError`.
+
+    Captures are outputs: beside the model's own stands ``"captures"``, site id -> ``channels`` and ``totals`` of one call (see
+    :func:`aqnfx.numerics.capture.accumulate`). Noise controls are buffers of the file's module, as in the Program.
+    """
+    if Path(out).suffix != ".pt2":
+        raise InputError(f"{out}: torch.export writes files whose names end in .pt2; choose such a name")
+    exported = export_program(program)
+    with staged_file(out) as temporary:
+        torch.export.save(exported, temporary)
+    return Path(out)
+
+
+def export_program(program: Program) -> ExportedProgram:
+    """Return the Program as an ``ExportedProgram``, open in the sizes that it was traced open in."""
+    given = examples(program)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    shapes = {
+        name: {d: Dim.AUTO for d, size in enumerate(node.meta["val"].shape) if not isinstance(static_size(size), int)}
+        for name, node in zip(given, placeholders, strict=True)
+    }
+    module = _Module(program)
+    with torch.no_grad():
+        return torch.export.export(module, (), kwargs=given, dynamic_shapes=shapes, strict=False)
+
+
+class _Module(nn.Module):
+    """The graph with its inputs by name, and its outputs and captures as plain dicts."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        fork = program.fork()
+        self.captured = _captures_as_outputs(fork)
+        self.graph_module = fork.module
+        names = program.signature.tensor_names
+        self.outputs = output_names(program, len(outputs_of(program)))
+
+        def forward(*args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
+            return self._run(*args, *(kwargs[name] for name in names[len(args) :]))
+
+        # torch.export names inputs, and asks for their sizes, by the parameters of forward.
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def _run(self, *args: Tensor) -> dict[str, Any]:
+        found = list(self.graph_module(*args))
+        own = found[: len(self.outputs)]
+        result: dict[str, Any] = dict(zip(self.outputs, own, strict=True))
+        if self.captured:
+            pairs = iter(found[len(own) :])
+            result["captures"] = {site: {"channels": next(pairs), "totals": next(pairs)} for site in self.captured}
+        return result
+
+
+def _captures_as_outputs(fork: Program) -> list[str]:
+    """Give every capture node accumulators of its own for one call, and return them; the sites, in order of the graph."""
+    graph, module = fork.graph, fork.module
+    last = next(node for node in reversed(graph.nodes) if node.op == "output")
+    sites, outputs = [], []
+    for node in list(graph.nodes):
+        if node.target is CAPTURE_GRADIENT:
+            raise InputError(f"{TARGET}: gradients are captured on their way back, and a file has none; leave gradients=true out")
+        if node.target is not CAPTURE:
+            continue
+        fresh = []
+        for position, start in zip((2, 3), new_buffers(constant(module, node.args[2]).shape[1]), strict=True):
+            constant(module, node.args[position]).copy_(start)
+            with graph.inserting_before(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node.args[position],))
+            node.update_arg(position, copy)
+            fresh.append(copy)
+        sites.append(str(get_tag(node).site))
+        outputs += fresh
+    if sites:
+        last.update_arg(0, [*last.args[0], *outputs])
+        module.recompile()
+    return sites
