@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from aqnfx.errors import InputError, Interrupted
+from aqnfx.errors import InputError, Interrupted, nearest
 
 
 def command(
@@ -135,6 +135,8 @@ def _check_together(
     context: typer.Context, *, rule: str, migration: bool, map: Path | None, data: Path | None, divergences: Path | None
 ) -> None:
     """Refuse what has no meaning together: a flag that would be read by nothing hides a mistake."""
+    from aqnfx.planning.options import RULES
+
     flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name: flags[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -148,6 +150,8 @@ def _check_together(
         raise InputError(f"{what} needs --map sensitivity_map.json; aqnfx diagnose MODEL --data FILE makes one")
     if map is not None and not migration and rule == "optimal":
         raise InputError("--map is for --rule threshold and --migration; a plan under a budget measures for itself")
+    if rule not in RULES:
+        raise InputError(f"rule {rule!r} is not one of {', '.join(RULES)}{nearest(rule, RULES)}")
     if "thresholds" in given and rule != "threshold":
         raise InputError("--thresholds is for --rule threshold")
     if data is None and map is None:

@@ -100,7 +100,7 @@ def threshold_plan(
         if held:
             tell("measuring")
             made |= compare_plans(ready.program, held, problem, picked, wanted, progress)
-        facts |= run_facts(ready, data, wanted, first)
+        facts |= run_facts(ready, data, wanted, first) | {"samples": 0, "skipped_samples": first}
         notes += [*ready.notes, *judging_notes(problem, held), *_overlap(smap, facts)]
     facts |= {"map": map_facts(smap), "seconds": time.perf_counter() - began}
     record = made | {"model": model_facts(model, tagged), "notes": notes, "provenance": facts}
