@@ -112,7 +112,8 @@ def test_above_means_above(program: aqnfx.Program, digest: str, value: float, fo
 
 def test_formats_and_thresholds_of_ones_own(program: aqnfx.Program, digest: str) -> None:
     plan = threshold_plan(
-        program, record(program, digest), formats=("keep", "fp8_e4m3", "int3:g32"), thresholds=(0.3, 0.1), modules=("*.q_proj", "lm_head"),
+        program, record(program, digest), formats=("keep", "fp8_e4m3", "int3:g32"), thresholds=(0.3, 0.1),
+        modules=("*.q_proj", "lm_head"),
     )  # fmt: skip
     assert {m: a.weight for m, a in plan.assignments.items()} == {
         "lm_head": None, Q: "int3:g32", Q.replace("0", "1"): "int3:g32",
