@@ -29,6 +29,7 @@ Measured for single linear layers of two small language models over five integer
 (examples/bench/plan.py); spot checks of a run move it, see :func:`truncation_from`.
 """
 _MEDIAN = 0.4549  # of a chi-square variable of one degree of freedom
+_TELLING = 0.01  # nats: from here on a spot check counts in full
 _PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
 
 
@@ -167,7 +168,7 @@ def truncation_from(predicted: Array, se: Array, measured: Array, *, prior: floa
         return prior
     log = np.log(measured[use] / predicted[use])
     excess = (np.square(log) - np.square(se[use] / predicted[use])) / predicted[use]
-    # Small KL has no third order to speak of, and dividing by it makes noise: weigh by KL.
-    weights = predicted[use] / predicted[use].max()
+    # Small KL has no third order to speak of, and dividing by it makes noise.
+    weights = np.minimum(np.square(predicted[use] / _TELLING), 1.0)
     total = prior**2 * _PRIOR_CHECKS + float(np.sum(weights * np.maximum(excess, 0.0)))
     return math.sqrt(total / (_PRIOR_CHECKS + float(weights.sum())))

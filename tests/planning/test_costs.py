@@ -80,4 +80,6 @@ def test_spot_checks_move_what_second_order_leaves_out() -> None:
     # What the draws explain is not held against second order.
     noisy = truncation_from(many, 0.5 * many, many * np.exp(0.5 * np.sign(np.arange(len(many)) % 2 - 0.5)))
     assert noisy < 0.1
+    # Tiny KL says nothing of third order, however far off it is.
+    assert truncation_from(predicted * 1e-6, 0.0 * predicted, predicted * 2e-6) == pytest.approx(TRUNCATION, rel=0.6)
     assert truncation_from(np.zeros(0), np.zeros(0), np.zeros(0)) == TRUNCATION

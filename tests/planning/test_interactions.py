@@ -14,8 +14,8 @@ TOKENS = np.full(16, 50.0)
 def made(columns) -> Costs:
     kl = mean_square(columns, int(TOKENS.sum()))
     return Costs(
-        index={(f"m{i}", "x"): i for i in range(len(columns))}, columns=columns, per_sample=TOKENS, kl=kl, se=draw_error(columns, int(TOKENS.sum())),
-        unbiased=kl, elementwise=kl, spread=0.1, truncation=0.0,
+        index={(f"m{i}", "x"): i for i in range(len(columns))}, columns=columns, per_sample=TOKENS, kl=kl,
+        se=draw_error(columns, int(TOKENS.sum())), unbiased=kl, elementwise=kl, spread=0.1, truncation=0.0,
     )  # fmt: skip
 
 
