@@ -1,4 +1,4 @@
-"""aqnfx plan: the precision of every part of a model under a budget, predicted and measured."""
+"""aqnfx plan: the precision of every part of a model under a budget, or by a map, predicted and measured."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any
 
 import typer
 
-from aqnfx.errors import InputError, Interrupted
+from aqnfx.errors import InputError, Interrupted, nearest
 
 
 def command(
+    context: typer.Context,
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
-    data: Path = typer.Option(..., "--data", help="JSON lines, parquet or plain text.", show_default=False),
-    formats: str = typer.Option("int4:g32,int8:g32", help="Menu for weights, or weights/inputs: mxfp4/mxfp8_e4m3,keep/keep."),
+    data: Path = typer.Option(None, "--data", help="JSON lines, parquet or plain text; needed for a plan under a budget."),
+    formats: str = typer.Option(None, help="Menu for weights, or weights/inputs: mxfp4/mxfp8_e4m3,keep/keep (default: by rule)."),
+    rule: str = typer.Option("optimal", help="optimal: the least KL under a budget; threshold: by the degradation in --map."),
+    map: Path = typer.Option(None, "--map", help="sensitivity_map.json, for --rule threshold and --migration."),
+    thresholds: str = typer.Option("0.15,0.05", help="Of --rule threshold: degradations for the first and the second format."),
+    migration: bool = typer.Option(False, "--migration", help="No formats: list from --map what to validate first."),
+    divergences: Path = typer.Option(None, help="JSON of relative errors seen elsewhere, for --migration."),
     avg_bits: float = typer.Option(None, help="Budget: bits per planned weight, scales included."),
     total_bytes: str = typer.Option(None, "--bytes", help="Budget: size of the planned weights, as 12MiB."),
     seconds: float = typer.Option(None, help="Budget: time by --latency-table."),
@@ -45,7 +51,10 @@ def command(
     out: Path = typer.Option(None, "--out", help="File for the plan, plan.json; a report stands beside it as plan.md."),
     json_output: bool = typer.Option(False, "--json", help="Print the plan as JSON and nothing else."),
 ) -> None:
-    """Choose a number format for every linear layer under a budget, and measure the plan on samples that chose nothing."""
+    """Choose a number format for every linear layer under a budget, and measure the plan on samples that chose nothing.
+
+    With --rule threshold a sensitivity map chooses; with --migration it becomes a list of what to validate first.
+    """
     import json
     import warnings
 
@@ -59,28 +68,39 @@ def command(
         TimeRemainingColumn,
     )
 
-    from aqnfx.cli.session import keep_freed_memory
-    from aqnfx.planning.options import parse_latency, parse_pairs
+    from aqnfx.cli.migration import migrate
+    from aqnfx.cli.session import keep_freed_memory, output_directory
+    from aqnfx.planning.options import PlanOptions, parse_latency, parse_pairs
     from aqnfx.planning.planner import plan
-    from aqnfx.reporting.artifacts import check_output_dir, read_json
+    from aqnfx.planning.threshold import FORMATS, threshold_plan
+    from aqnfx.reporting.artifacts import read_json
     from aqnfx.reporting.plan import print_plan, save_plan
+    from aqnfx.reporting.report import load_map
 
-    if not data.exists():
-        raise InputError(f"data file {data} does not exist")
-    if out is not None:
-        if out.is_dir():
-            raise InputError(f"--out {out} is a directory; name a file, such as {out / 'plan.json'}")
-        check_output_dir(out.parent)
+    _check_together(context, rule=rule, migration=migration, map=map, data=data, divergences=divergences)
+    if out is not None and out.is_dir():
+        name = "migration.json" if migration else "plan.json"
+        raise InputError(f"--out {out} is a directory; name a file, such as {out / name}")
+    if out is not None and out.suffix == ".md":
+        raise InputError(f"--out {out} is where the report goes; name the JSON file, such as {out.with_suffix('.json')}")
+    if migration:
+        migrate(model, map, divergences, out=out, json_output=json_output)
+        return
     options: dict[str, Any] = dict(
         formats=formats, avg_bits=avg_bits, bytes=total_bytes, seconds=seconds, max_kl=max_kl, count_scales=not nominal,
         kv_formats=kv_formats, kv_bits=kv_bits, modules=_words(modules), layers="|".join(_words(layers)) or None,
         keep=parse_pairs(keep, "--keep"), floor=_floors(parse_pairs(floor, "--floor")), couple=couple, partial=partial,
         active_experts=active_experts, pareto=pareto, refine=refine, draws=draws, samples=samples, eval_samples=eval_samples,
         task=task, batch_size=batch_size, max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype,
-        seed=seed,
+        seed=seed, rule=rule, thresholds=_pair(thresholds),
     )  # fmt: skip
     if latency_table is not None:
         options["latency_table"] = parse_latency(read_json(latency_table), str(latency_table))
+    PlanOptions(**options)  # before anything is loaded
+    smap = load_map(map) if map is not None else None
+    if smap is not None:
+        options |= {"formats": _words(formats) or FORMATS}
+        del options["rule"]  # is what is called
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers")
     console = Console(stderr=json_output)
@@ -88,13 +108,15 @@ def command(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal) as bar:
+    bars = Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal)
+    with output_directory(out.parent if out is not None else None), bars as bar:
         shown = bar.add_task("starting", total=None)
+        options |= {
+            "status": lambda text: bar.reset(shown, description=text, total=None),
+            "progress": lambda done, total: bar.update(shown, completed=done, total=total),
+        }
         try:
-            found = plan(
-                model, data, status=lambda text: bar.reset(shown, description=text, total=None),
-                progress=lambda done, total: bar.update(shown, completed=done, total=total), **options,
-            )  # fmt: skip
+            found = plan(model, data, **options) if smap is None else threshold_plan(model, smap, data, **options)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; a plan is written as a whole, so there is nothing to resume") from error
     paths = save_plan(found, out) if out is not None else {}
@@ -104,6 +126,45 @@ def command(
     print_plan(found, console)
     if paths:
         console.print(f"\nPlan: {paths['plan']}\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
+
+
+_OF_MIGRATION = ("model", "map", "migration", "divergences", "out", "json_output")
+
+
+def _check_together(
+    context: typer.Context, *, rule: str, migration: bool, map: Path | None, data: Path | None, divergences: Path | None
+) -> None:
+    """Refuse what has no meaning together: a flag that would be read by nothing hides a mistake."""
+    from aqnfx.planning.options import RULES
+
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: flags[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if migration:
+        if others := [flag for name, flag in given.items() if name not in _OF_MIGRATION]:
+            raise InputError(f"--migration reads a map and chooses no formats; leave out {others[0]}")
+    elif divergences is not None:
+        raise InputError("--divergences is for --migration")
+    if map is None and (migration or rule == "threshold"):
+        what = "--migration" if migration else "--rule threshold"
+        raise InputError(f"{what} needs --map sensitivity_map.json; aqnfx diagnose MODEL --data FILE makes one")
+    if map is not None and not migration and rule == "optimal":
+        raise InputError("--map is for --rule threshold and --migration; a plan under a budget measures for itself")
+    if rule not in RULES:
+        raise InputError(f"rule {rule!r} is not one of {', '.join(RULES)}{nearest(rule, RULES)}")
+    if "thresholds" in given and rule != "threshold":
+        raise InputError("--thresholds is for --rule threshold")
+    if data is None and map is None:
+        raise InputError("a plan under a budget needs --data FILE")
+    if data is not None and not data.exists():
+        raise InputError(f"data file {data} does not exist")
+
+
+def _pair(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _words(text))
+    except ValueError as error:
+        raise InputError(f"--thresholds {text!r} are not two numbers, as 0.15,0.05") from error
 
 
 def _words(text: str | None) -> tuple[str, ...]:

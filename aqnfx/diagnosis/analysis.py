@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from aqnfx.diagnosis.error_flow import error_flow
+from aqnfx.diagnosis.mapped import TAGS, as_probed, check_interval, check_number
 from aqnfx.diagnosis.reasons import Evidence, reasons
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
-from aqnfx.errors import ArtifactError, InputError, nearest
+from aqnfx.errors import InputError
 from aqnfx.graph.flops import Sizes, input_shapes
-from aqnfx.graph.frontend import model_digest, trace
+from aqnfx.graph.frontend import trace
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
@@ -26,8 +27,6 @@ from aqnfx.numerics.formats import parse_format
 from aqnfx.passes.pipeline import Pipeline
 
 SCHEMA = "aqnfx.analysis/1"
-TAGS = "tag-layers,tag-ops"
-EXPANDED = 'tag-layers,decompose-attention{where="ops:softmax"},tag-ops'
 TOP = 10
 BATCH, TOKENS = 1, 128
 
@@ -93,10 +92,7 @@ def analyze(
         raise InputError(f"top {top} must be at least 1")
     check_options(batch=batch, tokens=tokens, balance=balance)  # before a large model is loaded in vain
     program = model if isinstance(model, Program) else trace(model, dtype="auto")
-    tagged = Pipeline.parse(TAGS)(program)
-    if smap is not None:
-        tagged = _as_probed(program, tagged, smap)
-        _check_same_model(tagged, smap)
+    tagged = Pipeline.parse(TAGS)(program) if smap is None else as_probed(program, smap)
     batch, tokens = _sizes(tagged, batch, tokens)
     found = structure(tagged, batch=batch, tokens=tokens, balance=balance)
     about = {key: value for key, value in tagged.source.items() if key != "origin"}
@@ -137,28 +133,6 @@ def _sizes(program: Program, batch: int | None, tokens: int | None) -> tuple[int
     )
 
 
-def _as_probed(program: Program, tagged: Program, smap: SensitivityMap) -> Program:
-    """Return the Program that holds the sites of the map: a diagnosis expands an attention that it looks into."""
-    if all(entry["id"] in tagged.places for entry in smap.per_site):
-        return tagged
-    expanded = Pipeline.parse(EXPANDED)(program)
-    for entry in smap.per_site:
-        if entry["id"] not in expanded.places:
-            close = nearest(entry["id"], expanded.places)
-            raise ArtifactError(f"the sensitivity map is of another model: this one has no site {entry['id']!r}{close}")
-    return expanded
-
-
-def _check_same_model(program: Program, smap: SensitivityMap) -> None:
-    held, mapped = program.source.get("parameters"), smap.model.get("parameters")
-    if held is not None and mapped is not None and held != mapped:
-        raise ArtifactError(f"the sensitivity map is of another model: of {mapped} parameters, and this one has {held}")
-    # The digest is over the bytes of the weights, so it says something only where both were loaded in one dtype.
-    digest = smap.model.get("digest")
-    if digest and smap.model.get("dtype") == program.source.get("dtype") and digest != model_digest(program):
-        raise ArtifactError("the sensitivity map is of another model: the same sites, and other weights; diagnose this one")
-
-
 def _costs(smap: SensitivityMap) -> dict[str, dict[str, Any]]:
     """Site -> ``kl``, ``ci`` and ``source`` at the base level, measured where it was; sites without a number are left out."""
     found = {}
@@ -169,22 +143,10 @@ def _costs(smap: SensitivityMap) -> dict[str, dict[str, Any]]:
             if kl is None:
                 continue
             check_number(kl, f"per_site {entry['id']!r}: kl")
-            if ci is not None:
-                if not isinstance(ci, list) or len(ci) != 2:
-                    raise ArtifactError(f"sensitivity map: per_site {entry['id']!r}: ci must be [low, high], found {ci!r}")
-                for bound in ci:
-                    check_number(bound, f"per_site {entry['id']!r}: ci", optional=True)
+            check_interval(ci, f"per_site {entry['id']!r}: ci")
             found[entry["id"]] = {"kl": float(kl), "ci": ci, "source": source}
             break
     return found
-
-
-def check_number(value: Any, where: str, *, optional: bool = False) -> None:
-    """Raise :class:`ArtifactError` unless ``value`` of a map is a finite number, or None where it is ``optional``."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArtifactError(f"sensitivity map: {where} must be a number, found {value!r}")
 
 
 def _entries(

@@ -15,26 +15,30 @@ from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, pars
 
 COUPLE = ("none", "fused")
 RULES = ("optimal", "threshold")
-DEFAULT_FORMATS = "int4:g32,int8:g32"
+DEFAULT_FORMATS = {"optimal": "int4:g32,int8:g32", "threshold": "fp16,int8,int4:g32"}
+"""The menu of each rule where none is given."""
+THRESHOLDS = (0.15, 0.05)
+"""Relative degradations above which rule threshold takes its first and its second format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
     """What to plan; the command line's flags of the same names.
 
-    ``formats``: the menu for weights, or weights / inputs (:func:`~aqnfx.planning.menu.parse_menu`); ``kv_formats`` that for
-    keys and values, None leaves them. Exactly one goal: ``avg_bits`` per weight, ``bytes`` of all planned weights ("12MiB"),
-    ``seconds`` by a latency table, or ``max_kl`` in nats per token, with the smallest size that keeps it; ``kv_bits`` is the
-    budget of keys and values and needs ``kv_formats``. ``count_scales`` counts scales into bits and bytes. ``modules``,
-    ``layers`` say what is planned (default: every linear layer and every expert). ``keep``: glob of module names -> a
-    choice that is not in question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales.
-    ``couple`` "fused": weights that runtimes multiply together get one choice. ``partial``: blocks that do not divide
-    ("refuse", "pad", "drop"). ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or
-    "*" -> choice -> seconds. ``samples`` choose, ``eval_samples`` others judge. Raises :class:`InputError` for values that
-    cannot be meant.
+    ``formats``: the menu for weights, or weights / inputs (:func:`~aqnfx.planning.menu.parse_menu`), None: that of the rule;
+    ``kv_formats`` that for keys and values, None leaves them. ``rule`` "optimal" takes exactly one goal: ``avg_bits`` per
+    weight, ``bytes`` of all planned weights ("12MiB"), ``seconds`` by a latency table, or ``max_kl`` in nats per token, with
+    the smallest size that keeps it; ``kv_bits`` is the budget of keys and values and needs ``kv_formats``. ``rule``
+    "threshold" takes no goal, three formats from precise to coarse, and ``thresholds``: relative degradations above which a
+    layer gets the first, else the second. ``count_scales`` counts scales into bits and bytes. ``modules``, ``layers`` say what
+    is planned (default: every linear layer and every expert). ``keep``: glob of module names -> a choice that is not in
+    question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales. ``couple`` "fused": weights
+    that runtimes multiply together get one choice. ``partial``: blocks that do not divide ("refuse", "pad", "drop").
+    ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or "*" -> choice -> seconds.
+    ``samples`` choose, ``eval_samples`` others judge. Raises :class:`InputError` for values that cannot be meant.
     """
 
-    formats: str = DEFAULT_FORMATS
+    formats: str | None = None
     kv_formats: str | None = None
     avg_bits: float | None = None
     bytes: str | int | None = None
@@ -51,6 +55,7 @@ class PlanOptions:
     active_experts: bool = False
     latency_table: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rule: str = "optimal"
+    thresholds: tuple[float, float] = THRESHOLDS
     refine: bool = True
     pareto: int = 0
     draws: int = 8
@@ -66,14 +71,16 @@ class PlanOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        menu, goals = self.menu, [n for n in ("avg_bits", "bytes", "seconds", "max_kl") if getattr(self, n) is not None]
         if self.rule not in RULES:
-            raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}")
+            raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}{nearest(str(self.rule), RULES)}")
+        menu, goals = self.menu, [n for n in ("avg_bits", "bytes", "seconds", "max_kl") if getattr(self, n) is not None]
         if self.rule == "optimal" and len(goals) != 1:
             said = f", found {' and '.join(goals)}" if goals else ""
             raise InputError(f"a plan needs one goal: avg_bits, bytes, seconds or max_kl{said}")
         if self.rule == "threshold" and goals:
             raise InputError(f"rule threshold has no budget; leave out {', '.join(goals)}")
+        if self.rule == "threshold":
+            self._check_threshold_rule(menu)
         for name in ("avg_bits", "seconds", "max_kl", "kv_bits"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
@@ -104,10 +111,26 @@ class PlanOptions:
             if not any(choice_bits(choice) >= bits for choice in menu):
                 raise InputError(f"floor of layer {layer}: no format of the menu has {bits:g} bits")
 
+    def _check_threshold_rule(self, menu: Sequence[Choice]) -> None:
+        if len(menu) != 3:
+            found = ", ".join(choice.text for choice in menu)
+            raise InputError(f"rule threshold takes three formats, from precise to coarse; found {len(menu)}: {found}")
+        bits = [choice_bits(choice) for choice in menu]
+        if bits != sorted(bits, reverse=True):
+            raise InputError(f"rule threshold goes from precise to coarse, found bits {', '.join(f'{b:g}' for b in bits)}")
+        pair = self.thresholds
+        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in pair)
+        if len(pair) != 2 or not numbers or not pair[0] > pair[1]:
+            raise InputError(f"thresholds are two falling degradations, as 0.15,0.05; found {', '.join(map(str, pair))}")
+        if self.kv_formats is not None:
+            raise InputError("rule threshold is for linear layers; leave out the formats of keys and values")
+        if self.pareto:
+            raise InputError("rule threshold has no budget, so it has no plans over budgets; leave out pareto")
+
     @property
     def menu(self) -> tuple[Choice, ...]:
         """The choices for weights and inputs."""
-        return parse_menu(self.formats)
+        return parse_menu(DEFAULT_FORMATS[self.rule] if self.formats is None else self.formats)
 
     @property
     def kv_menu(self) -> tuple[Choice, ...]:

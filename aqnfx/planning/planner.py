@@ -22,20 +22,19 @@ from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.planning.costs import Costs, costs, truncation_from
-from aqnfx.planning.evaluate import Measured, measure_plans
+from aqnfx.planning.evaluate import measure_plans
 from aqnfx.planning.interactions import Refined, kl_difference_error, plan_kl, refine
 from aqnfx.planning.knapsack import Limit, least_weight, solve
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import PRODUCTS, Problem, limits, make_problem
+from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
 from aqnfx.probes.data import Batch, data_digest, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import predict
 
-Progress = Callable[[int, int], None]
 SPOT_CHECKS = 8
 _CHECKED_KL = 0.3  # options beyond it are no guide to a plan
-_FEW = 30  # samples; intervals from fewer are said to be rough
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,7 +60,7 @@ def plan(
     """
     wanted, tell, began = PlanOptions(**options), status or (lambda _text: None), time.perf_counter()
     if wanted.rule == "threshold":
-        raise InputError("rule threshold reads a sensitivity map, not data; use threshold_plan()")
+        raise InputError("rule threshold reads a sensitivity map, not data; use aqnfx.planning.threshold.threshold_plan")
     ready = prepare_plan(model, data, wanted, tokenizer, tell)
     problem = make_problem(ready.program, wanted)
     for limit in limits(problem, wanted):  # before anything slow
@@ -76,25 +75,18 @@ def plan(
     made["predicted"]["measured_here"] = measure_plans(
         ready.program, chosen, {"plan": problem.assignments(picked)}
     )["plan"].kl
-    notes = list(ready.notes) + _notes(problem, held, wanted)
+    notes = list(ready.notes) + judging_notes(problem, held)
     if held:
         tell("measuring")
-        made |= _measured(ready.program, held, problem, picked, wanted, progress)
+        made |= compare_plans(ready.program, held, problem, picked, wanted, progress)
     if wanted.pareto:
         made["frontier"] = frontier(scored, wanted)
     if wanted.couple == "fused":
         made["coupling"] |= _coupling_cost(ready.program, scored, picked, wanted)
-    source = {key: value for key, value in ready.program.source.items() if key not in ("trace_seconds", "origin")}
-    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", "")) or "(in memory)"
-    facts = {
-        **{package: version(package) for package in ("torch", "transformers", "scipy")}, "aqnfx": aqnfx.__version__,
-        "data": Path(data).name if isinstance(data, (str, Path)) else "(values)", "data_digest": data_digest(ready.encoded),
-        "samples": count, "eval_samples": len(ready.encoded) - count, "draws": wanted.draws, "seed": wanted.seed,
-        "max_length": ready.longest, "device": str(ready.device), **scored.facts, "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+    facts = {**run_facts(ready, data, wanted, count), **scored.facts, "seconds": time.perf_counter() - began}
     return PrecisionPlan(
         **jsonable(
-            made | {"model": source | {"name": name, "digest": model_digest(ready.program)}, "notes": notes, "provenance": facts}
+            made | {"model": model_facts(model, ready.program), "notes": notes, "provenance": facts}
         )
         | {"assignments": problem.assignments(picked)}
     )
@@ -163,6 +155,27 @@ def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
     return found
 
 
+def model_facts(model: Any, program: Program) -> dict[str, Any]:
+    """Return what a plan records of its model: ``name``, ``digest``, and where it comes from."""
+    source = {key: value for key, value in program.source.items() if key not in ("trace_seconds", "origin")}
+    name = str(model) if isinstance(model, (str, Path)) else str(getattr(model, "name_or_path", "")) or "(in memory)"
+    return source | {"name": name, "digest": model_digest(program)}
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions that a plan records."""
+    return {**{package: version(package) for package in ("torch", "transformers", "scipy")}, "aqnfx": aqnfx.__version__}
+
+
+def run_facts(ready: Prepared, data: Data, options: PlanOptions, count: int) -> dict[str, Any]:
+    """Return what a plan records of its run on ``data``, whose first ``count`` samples chose."""
+    return versions() | {
+        "data": Path(data).name if isinstance(data, (str, Path)) else "(values)", "data_digest": data_digest(ready.encoded),
+        "samples": count, "eval_samples": len(ready.encoded) - count, "draws": options.draws, "seed": options.seed,
+        "max_length": ready.longest, "device": str(ready.device),
+    }  # fmt: skip
+
+
 def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell: Callable[[str], None]) -> Prepared:
     """Load, encode, trace and tag for a plan; the samples keep their order, those that choose first."""
     roles = "weight|input|key|value" if wanted.kv_formats is not None else "weight|input"
@@ -220,8 +233,6 @@ def _spot_checks(
 def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, options: PlanOptions) -> dict[str, Any]:
     problem, found = scored.problem, scored.costs
     predicted = plan_kl(found, _flat(problem.rows(found.index), picked))
-    sizes = {scales: problem.bits(scales=scales) for scales in (True, False)}
-    totals = {scales: sum(float(w[o]) for w, o in zip(table, picked, strict=True)) for scales, table in sizes.items()}
     goal = next(name for name in ("avg_bits", "bytes", "seconds", "max_kl") if getattr(options, name) is not None)
     used = {limit.name: limit.used(picked) for limit in limits(problem, options)}
     modules = {}
@@ -231,12 +242,10 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
             "parameters": part.elements, "chosen": choice.text,
             "options": {text: {"bits": bits, "kl": kl, "se": se} for text, (bits, kl, se) in costs_of.items()},
         }  # fmt: skip
-    weights = sum(part.bits(choice) for part, choice in problem.choices(picked) if not part.cache)
     tried = {} if refined is None else {"tried": refined.tried, "taken": refined.taken, "gain": refined.gain}
     value = getattr(options, goal)
     return {
-        "avg_bits": totals[False] / problem.elements, "effective_bits": totals[True] / problem.elements,
-        "bytes": -(-weights // 8), "rule": options.rule, "modules": modules,
+        **problem.sizes(picked), "rule": options.rule, "modules": modules,
         "budget": {"kind": goal, "value": value, "count_scales": options.count_scales, "used": used.get(goal, predicted.additive)}
         | ({"kv_bits": options.kv_bits, "kv_used": used["kv_bits"]} if options.kv_bits is not None else {}),
         "coupling": {
@@ -254,62 +263,6 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
     }  # fmt: skip
 
 
-def _measured(
-    program: Program, held: Sequence[Batch], problem: Problem, picked: Sequence[int], options: PlanOptions,
-    progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Measure the plan, every uniform plan of the menu, and the plan of the same size that upgrades layers in order."""
-    rivals = {name: chosen for name, chosen in _rivals(problem, picked, options).items() if chosen != tuple(picked)}
-    plans = {"plan": problem.assignments(picked)} | {name: problem.assignments(chosen) for name, chosen in rivals.items()}
-    found = measure_plans(program, held, plans, progress=progress)
-    bits = problem.bits(scales=True)
-    compared = [
-        {
-            "name": name, "effective_bits": sum(float(w[o]) for w, o in zip(bits, chosen, strict=True)) / problem.elements,
-            **found[name].record(seed=options.seed), "kl_minus_plan": _difference(found[name], found["plan"], options.seed),
-        }
-        for name, chosen in rivals.items()
-    ]  # fmt: skip
-    return {"measured": found["plan"].record(seed=options.seed), "compared": compared}
-
-
-def _difference(other: Measured, mine: Measured, seed: int) -> dict[str, Any]:
-    from aqnfx.numerics.stats import paired_difference
-
-    return paired_difference(other.scores["kl"], mine.scores["kl"], mine.tokens, seed=seed).to_record()
-
-
-def _rivals(problem: Problem, picked: Sequence[int], options: PlanOptions) -> dict[str, tuple[int, ...]]:
-    """Return uniform plans by name, and "in order": the next larger choice for layer after layer until the size is used."""
-    found: dict[str, tuple[int, ...]] = {}
-    for choice in options.menu:
-        if all(choice in group.choices or len(group.choices) == 1 or _is_cache(problem, group) for group in problem.groups):
-            found[f"uniform {choice.text}"] = tuple(
-                group.choices.index(choice) if choice in group.choices else (0 if len(group.choices) == 1 else mine)
-                for group, mine in zip(problem.groups, picked, strict=True)
-            )
-    bits = problem.bits(scales=True)
-    size = sum(float(w[o]) for w, o in zip(bits, picked, strict=True))
-    current = [
-        o if _is_cache(problem, group) else int(np.argmin(w))
-        for w, group, o in zip(bits, problem.groups, picked, strict=True)
-    ]
-    total = sum(float(w[o]) for w, o in zip(bits, current, strict=True))
-    for number, weights in enumerate(bits):
-        larger = [o for o in np.argsort(weights) if weights[o] > weights[current[number]]]
-        for option in reversed(larger):
-            if total + float(weights[option] - weights[current[number]]) <= size:
-                total += float(weights[option] - weights[current[number]])
-                current[number] = int(option)
-                break
-    found["in order"] = tuple(current)
-    return found
-
-
-def _is_cache(problem: Problem, group: Any) -> bool:
-    return all(problem.parts[n].cache for n in group.members)
-
-
 def _coupling_cost(program: Program, scored: Scored, picked: Sequence[int], options: PlanOptions) -> dict[str, Any]:
     """Return what sharing formats costs: the predicted KL of this plan, and of the best one without groups."""
     free = dataclasses.replace(options, couple="none")
@@ -322,14 +275,3 @@ def _coupling_cost(program: Program, scored: Scored, picked: Sequence[int], opti
     fused, free_kl = (plan_kl(scored.costs, chosen).kl for chosen in rows)
     error = kl_difference_error(scored.costs, *rows)
     return {"kl": fused, "kl_without": free_kl, "difference": fused - free_kl, "se": error}
-
-
-def _notes(problem: Problem, held: Sequence[Batch], options: PlanOptions) -> list[str]:
-    found = []
-    if not held:
-        found.append("no samples were left to judge the plan, so it was not measured; give more data or --eval-samples")
-    elif sum(batch.size for batch in held) < _FEW:
-        found.append(f"the plan was judged on {sum(batch.size for batch in held)} samples: intervals are rough")
-    if any(part.share != 1.0 for part in problem.parts):
-        found.append("bits and bytes count experts by the share of them that a token uses")
-    return found

@@ -80,6 +80,15 @@ class Problem:
             for group in self.groups
         )  # fmt: skip
 
+    def sizes(self, chosen: Sequence[int]) -> dict[str, float | int]:
+        """Return ``avg_bits`` per weight, ``effective_bits`` with scales, and ``bytes`` of the planned weights with scales."""
+        per = [
+            sum(float(w[o]) for w, o in zip(self.bits(scales=scales), chosen, strict=True)) / self.elements
+            for scales in (False, True)
+        ]
+        weights = sum(part.bits(choice) for part, choice in self.choices(chosen) if not part.cache)
+        return {"avg_bits": per[0], "effective_bits": per[1], "bytes": -(-weights // 8)}
+
     @property
     def elements(self) -> float:
         """Number of planned weights, experts by their share."""

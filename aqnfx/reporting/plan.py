@@ -17,7 +17,7 @@ from aqnfx.errors import printable
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json, write_text
 from aqnfx.reporting.markdown import table
-from aqnfx.reporting.text import MISSING, flatten, nats, percent
+from aqnfx.reporting.text import MISSING, flatten, nats, percent, percent_range
 from aqnfx.reporting.text import escape_markdown as md
 
 WORST = 12
@@ -43,16 +43,17 @@ def print_plan(plan: PrecisionPlan, console: Console) -> None:
     for line in summary(plan):
         console.print(Text(printable(line)))
     console.print()
-    grid = Table(box=box.SIMPLE_HEAD, title="Measured on samples that chose nothing", title_justify="left")
+    grid = Table(box=box.SIMPLE_HEAD, title=_judged(plan), title_justify="left")
     for name in ("Plan", "Bits", "KL", "95 %", "KL − plan", "95 %", "Accuracy"):
         grid.add_column(Text(name), justify="left" if name == "Plan" else "right", overflow="fold")
     if plan.measured:
         for row in comparison(plan):
             grid.add_row(*(Text(cell) for cell in row))
         console.print(grid)
-    grid = Table(box=box.SIMPLE_HEAD, title=f"The {WORST} most expensive modules", title_justify="left")
-    for name in ("Module", "Choice", "Predicted KL", "Standard error"):
-        grid.add_column(name, justify="left" if name in ("Module", "Choice") else "right", overflow="fold")
+    which = "sensitive" if plan.rule == "threshold" else "expensive"
+    grid = Table(box=box.SIMPLE_HEAD, title=f"The {WORST} most {which} modules", title_justify="left")
+    for name in _columns(plan):
+        grid.add_column(name, justify="left" if name in ("Module", "Choice", "From") else "right", overflow="fold")
     for row in expensive(plan, WORST):
         grid.add_row(*(Text(printable(cell)) for cell in row))
     console.print(grid)
@@ -67,6 +68,13 @@ def summary(plan: PrecisionPlan) -> list[str]:
         counts[found["chosen"]] = counts.get(found["chosen"], 0) + 1
     chosen = ", ".join(f"{number} in {name}" for name, number in sorted(counts.items(), key=lambda item: -item[1]))
     found, budget = plan.predicted, plan.budget
+    if plan.rule == "threshold":
+        first, second = budget["value"]
+        return [
+            f"{plan.effective_bits:.3f} bits per weight with scales, {plan.avg_bits:.3f} without; {plan.bytes / 2**20:.3f} MiB.",
+            f"{len(plan.modules)} modules: {chosen}, by the threshold rule: by a relative degradation above {percent(first)},"
+            f" above {percent(second)}, or below.",
+        ]
     lines = [
         f"{plan.effective_bits:.3f} bits per weight with scales, {plan.avg_bits:.3f} without; {plan.bytes / 2**20:.3f} MiB."
         f" Budget: {budget.get('kind')} {budget.get('value')}, used {_number(budget.get('used'))}.",
@@ -112,7 +120,13 @@ def comparison(plan: PrecisionPlan) -> list[tuple[str, ...]]:
 
 
 def expensive(plan: PrecisionPlan, count: int) -> list[tuple[str, ...]]:
-    """Return the modules whose choice costs most: module, choice, predicted KL alone, standard error."""
+    """Return the modules whose choice costs most: module, choice, predicted KL alone, standard error.
+
+    Of a plan by the threshold rule the most sensitive: module, choice, degradation, its interval, where it is known from.
+    """
+    if plan.rule == "threshold":
+        ranked = sorted(plan.modules.items(), key=lambda item: -item[1].get("sensitivity", 0.0))
+        return [(module, found["chosen"], *_sensitivity(found)) for module, found in ranked[:count]]
     rows = [(found["options"][found["chosen"]], module, found["chosen"]) for module, found in plan.modules.items()]
     rows.sort(key=lambda row: -row[0]["kl"])
     return [(module, choice, nats(cost["kl"]), nats(cost["se"])) for cost, module, choice in rows[:count]]
@@ -123,7 +137,7 @@ def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
     lines = [f"# Precision plan for {md(plan.model.get('name'))}", "", *(f"{md(line)}  " for line in summary(plan))]
     if plan.measured:
         lines += [
-            "", f"## Measured on {plan.measured['samples']} samples that chose nothing", "",
+            "", f"## {_judged(plan)}", "",
             *table(("Plan", "Bits", "KL", "95 %", "KL − plan", "95 %", "Accuracy"), comparison(plan), right=(1, 2, 4)),
         ]  # fmt: skip
     if plan.frontier:
@@ -131,8 +145,7 @@ def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
         lines += ["", "## Best predicted KL by budget", ""]
         lines += [f"![frontier]({picture.name})", ""] if picture is not None else []
         lines += table(("Bits", "Predicted KL", "Standard error"), rows, right=(0, 1, 2))
-    names = ("Module", "Choice", "Predicted KL", "Standard error")
-    lines += ["", "## Modules", "", *table(names, expensive(plan, len(plan.modules)), right=(2, 3))]
+    lines += ["", "## Modules", "", *table(_columns(plan), expensive(plan, len(plan.modules)), right=(2, 3))]
     if plan.notes:
         lines += ["", "## Notes", "", *(f"- {md(note)}" for note in plan.notes)]
     lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": plan.model} | plan.provenance))]
@@ -178,6 +191,27 @@ def frontier_svg(plan: PrecisionPlan, *, width: int = 640, height: int = 400) ->
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">bits per weight, scales counted</text>')
     parts.append(f'<text x="{left}" y="18">predicted KL, nats per token, with 95 % intervals</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _judged(plan: PrecisionPlan) -> str:
+    # A map's samples may be among those of a plan by the threshold rule; its notes say so.
+    chose = "" if plan.rule == "threshold" else " that chose nothing"
+    return f"Measured on {plan.measured.get('samples', 0)} samples{chose}"
+
+
+def _columns(plan: PrecisionPlan) -> tuple[str, ...]:
+    if plan.rule == "threshold":
+        return ("Module", "Choice", "Degradation", "Interval", "From")
+    return ("Module", "Choice", "Predicted KL", "Standard error")
+
+
+def _sensitivity(found: dict[str, Any]) -> tuple[str, str, str]:
+    """Return degradation, interval and where both are known from."""
+    if "sensitivity" not in found:
+        return MISSING, MISSING, "kept"
+    of = "its site" if found["source"] == "site" else f"{found['source']} {found['of']}"
+    said = f"{of}, predicted" if found["estimated"] else of
+    return percent(found["sensitivity"]), percent_range(found["ci"]), said
 
 
 def _interval(found: dict[str, Any]) -> tuple[str, str]:

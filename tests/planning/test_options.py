@@ -31,7 +31,15 @@ from aqnfx.planning.options import PlanOptions, parse_latency, parse_pairs
         ({"avg_bits": 5.0, "floor": {"first": 8.0}}, "floor of layer 'first'"),
         ({"avg_bits": 5.0, "floor": {"0": 12.0}}, "no format of the menu has 12 bits"),
         ({"rule": "best", "avg_bits": 5.0}, "rule 'best' is not one of"),
+        ({"rule": "threshhold"}, "is not one of optimal, threshold; did you mean 'threshold'"),
         ({"rule": "threshold", "avg_bits": 5.0}, "rule threshold has no budget"),
+        ({"rule": "threshold", "formats": "int8,int4"}, "three formats, from precise to coarse; found 2: int8:row, int4:row"),
+        ({"rule": "threshold", "formats": "fp16,int4,int8"}, "from precise to coarse, found bits 16, 4, 8"),
+        ({"rule": "threshold", "thresholds": (0.05, 0.15)}, "two falling degradations"),
+        ({"rule": "threshold", "thresholds": (0.05,)}, "two falling degradations"),
+        ({"rule": "threshold", "thresholds": (float("nan"), 0.1)}, "two falling degradations"),
+        ({"rule": "threshold", "kv_formats": "int8,int4", "kv_bits": 6.0}, "rule threshold is for linear layers"),
+        ({"rule": "threshold", "pareto": 3}, "no plans over budgets"),
     ],
 )
 def test_what_cannot_be_meant(given, found: str) -> None:

@@ -1,0 +1,45 @@
+"""aqnfx plan --migration: what to validate first, from a sensitivity map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None, json_output: bool) -> None:
+    """Print the migration plan of a model and, with ``out``, write it as JSON and Markdown."""
+    import json
+    import warnings
+    from contextlib import nullcontext
+
+    import torch
+    from rich.console import Console
+
+    from aqnfx.cli.session import output_directory
+    from aqnfx.diagnosis.mapped import as_probed
+    from aqnfx.diagnosis.options import DTYPES
+    from aqnfx.graph.frontend import trace
+    from aqnfx.planning.divergences import parse_divergences
+    from aqnfx.planning.migration import migration_plan
+    from aqnfx.planning.planner import model_facts
+    from aqnfx.reporting.artifacts import read_json
+    from aqnfx.reporting.migration import migration_record, print_migration, save_migration
+    from aqnfx.reporting.report import load_map
+
+    smap = load_map(map)  # before the model is traced: a bad file fails at once
+    errors = None if divergences is None else parse_divergences(read_json(divergences), str(divergences))
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    console = Console(stderr=json_output)
+    directory = out.parent if out is not None else None
+    with output_directory(directory), console.status("tracing") if console.is_terminal else nullcontext():
+        # In the dtype of the map: its digest of the weights is over their bytes.
+        made_in = str(smap.model.get("dtype"))
+        program = as_probed(trace(model, dtype=getattr(torch, made_in if made_in in DTYPES else DTYPES[0])), smap)
+        steps = migration_plan(smap, errors, program=program)
+        record = migration_record(steps, smap, model=model_facts(model, program), divergences=errors)
+        paths = save_migration(record, out) if out is not None else {}
+    if json_output:
+        print(json.dumps(record))
+        return
+    print_migration(record, console)
+    if paths:
+        console.print(f"\nList: {paths['migration']}\nReport: {paths['markdown']}", soft_wrap=True, markup=False)

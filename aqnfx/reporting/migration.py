@@ -1,0 +1,109 @@
+"""A migration plan in the terminal and as files: the list as JSON, and as Markdown beside it (``aqnfx.migration/1``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aqnfx.diagnosis.mapped import map_facts, perturbation
+from aqnfx.diagnosis.recommend import nothing_distinguishable
+from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.errors import printable
+from aqnfx.planning.divergences import SIGNIFICANT
+from aqnfx.planning.migration import ACTIONS, MigrationStep
+from aqnfx.reporting.artifacts import write_json, write_text
+from aqnfx.reporting.markdown import table
+from aqnfx.reporting.text import escape_markdown as md
+from aqnfx.reporting.text import factor, factor_range, flatten, nats, percent, percent_range
+
+SCHEMA = "aqnfx.migration/1"
+
+
+def migration_record(
+    steps: Sequence[MigrationStep], smap: SensitivityMap, *, model: Mapping[str, Any] | None = None,
+    divergences: Mapping[str, float] | None = None, thresholds: tuple[float, float] = SIGNIFICANT,
+) -> dict[str, Any]:  # fmt: skip
+    """Return a migration plan as plain JSON values, schema ``aqnfx.migration/1``; ``model``: of the map where not given."""
+    notes = [f"Classes and degradations are those {perturbation(smap)}, on {smap.samples} samples."]
+    if smap.partial:
+        notes.append("The map is of an interrupted run; finish it before you rely on this list.")
+    if nothing_distinguishable(smap):
+        notes.append("Nothing in the map is distinguishable from noise-free: a larger --samples or a higher level says more.")
+    record: dict[str, Any] = jsonable({
+        "schema": SCHEMA, "model": dict(smap.model if model is None else model), "map": map_facts(smap),
+        "actions": {str(priority): action for priority, action in ACTIONS.items()},
+        "steps": [step.to_record() for step in steps],
+        "divergences": {} if divergences is None else {"thresholds": list(thresholds), "sites": dict(divergences)},
+        "notes": notes,
+    })  # fmt: skip
+    return record
+
+
+def save_migration(record: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write the record to ``path``, the list as Markdown beside it with the suffix ``.md``, and return the paths.
+
+    Each file is replaced as a whole. Raises :class:`InputError` where one is not writable.
+    """
+    place = Path(path)
+    text = migration_markdown(record)
+    return {"migration": write_json(place, record), "markdown": write_text(place.with_suffix(".md"), text)}
+
+
+def print_migration(record: Mapping[str, Any], console: Console) -> None:
+    """Print the list; names are never read as rich markup."""
+    console.print(Text(f"Migration plan for {printable(str(record['model'].get('name')))}", style="bold"))
+    grid = Table(box=box.SIMPLE_HEAD, show_lines=False)
+    for name in ("Priority", "What", "Do", "Why"):
+        grid.add_column(name, overflow="fold", justify="left")
+    for row in rows(record):
+        grid.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(grid)
+    for note in record["notes"]:
+        console.print(Text(printable(note)))
+
+
+def migration_markdown(record: Mapping[str, Any]) -> str:
+    """Return the list as GitHub Markdown, ending in a new line; names from outside are escaped."""
+    lines = [f"# Migration plan for {md(record['model'].get('name'))}", ""]
+    lines += [f"{md(note)}  " for note in record["notes"]]
+    for priority, action in record["actions"].items():
+        found = [row[1:] for row in rows(record) if row[0] == priority]
+        lines += ["", f"## Priority {priority}: {md(action)}", ""]
+        lines += table(("What", "Do", "Why"), found) if found else ["Nothing."]
+    about = {"model": record["model"], "map": record["map"]}
+    if record["divergences"]:
+        about |= {"divergence thresholds": record["divergences"]["thresholds"]}
+    lines += ["", "## Provenance", "", *table(("What", "Value"), flatten(about))]
+    return "\n".join(lines) + "\n"
+
+
+def rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return priority, what, action and the reasons with their numbers, a line per step."""
+    return [
+        (
+            str(step["priority"]), step["what"], step["action"],
+            "; and ".join(_reason(reason) for reason in step["reasons"]),
+        )
+        for step in record["steps"]
+    ]  # fmt: skip
+
+
+def _reason(reason: Mapping[str, Any]) -> str:
+    numbers = ", ".join(_number(number) for number in reason["numbers"])
+    return f"{reason['text']} ({numbers})" if numbers else str(reason["text"])
+
+
+def _number(number: Mapping[str, Any]) -> str:
+    name, value, ci = number["name"], number["value"], number["ci"]
+    if name == "degradation":
+        return f"loses {percent(value)}" + (f", {percent_range(ci)}" if ci else "")
+    if name == "relative error":
+        return f"relative error {nats(value)}"
+    return f"{name} {factor(value)}" + (f", {factor_range(ci)}" if ci else "")
