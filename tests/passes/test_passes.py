@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import operator
 
 import pytest
@@ -50,11 +51,15 @@ SPECS = [
     ("tag-layers,tag-ops", 'insert-accumulation{where="ops:core" element=fp16 every=4 controls=true}'),
     ("tag-layers,tag-ops,insert-accumulation", "lower-ops"),
     ("tag-layers,tag-ops", 'insert-scan{where="ops:core,roles:input|key" formats=mxfp4|int8:channel|int8:tensor}'),
+    ("tag-layers,tag-ops", "apply-plan{gradient=fp8_e5m2 controls=true}"), ("tag-layers,tag-ops", "apply-plan"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("before", "spec"), SPECS)
-def test_contract(before, spec):
+def test_contract(before, spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assignments = {"blocks.0.up": {"weight": "int4:g8", "input": None}, "blocks.1.up": {"weight": "mxfp4", "input": "int8"}}
+    (tmp_path / "plan.json").write_text(json.dumps({"schema": "aqnfx.plan/1", "assignments": assignments}))
     program = traced(Stack(2), 3, 7, 8, tags=False)
     if before:
         program = Pipeline.parse(before)(program)
