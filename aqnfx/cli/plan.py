@@ -14,7 +14,10 @@ def command(
     context: typer.Context,
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
     data: Path = typer.Option(None, "--data", help="JSON lines, parquet or plain text; needed for a plan under a budget."),
-    formats: str = typer.Option(None, help="Menu for weights, or weights/inputs: mxfp4/mxfp8_e4m3,keep/keep (default: by rule)."),
+    formats: str = typer.Option(
+        None, help="Menu for weights, or weights/inputs: mxfp4/mxfp8_e4m3,keep/keep (default: int4:g32,int8:g32; for --rule "
+        "threshold fp16,int8,int4:g32)."
+    ),
     rule: str = typer.Option("optimal", help="optimal: the least KL under a budget; threshold: by the degradation in --map."),
     map: Path = typer.Option(None, "--map", help="sensitivity_map.json, for --rule threshold and --migration."),
     thresholds: str = typer.Option("0.15,0.05", help="Of --rule threshold: degradations for the first and the second format."),

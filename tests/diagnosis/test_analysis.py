@@ -165,8 +165,8 @@ def test_where_error_enters_and_what_happens_to_it(program: Program):
     additive = "not distinguishable from additive"
     windows = [(2.0, [1.5, 3.0], "amplified"), (0.5, [0.4, 0.9], "absorbed"), (1.2, [0.9, 1.5], additive)]
     found["windows"] = [
-        {"layers": [i], "measured": 1e-4, "predicted": 1e-4, "amplification": a, "amplification_ci": ci}
-        for i, (a, ci, _) in enumerate(windows)
+        {"layers": layers, "measured": 1e-4, "predicted": 1e-4, "amplification": a, "amplification_ci": ci}
+        for layers, (a, ci, _) in zip(([0], [1], [0, 1]), windows, strict=True)
     ]  # fmt: skip
     flow = join(program, found).error_flow
     assert [window["verdict"] for window in flow["windows"]] == [verdict for *_, verdict in windows]
