@@ -194,7 +194,9 @@ def write_tables() -> None:
     """Write the generated tables into their pages."""
     for name, (page, make) in GENERATED.items():
         path = ROOT / page
-        path.write_text(path.read_text(encoding="utf-8").replace(block(page, name), make()), encoding="utf-8")
+        text, marks = path.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"\n<!-- /{name} -->")
+        first, rest = text.split(marks[0])
+        path.write_text(first + marks[0] + make() + marks[1] + rest.split(marks[1])[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
