@@ -223,7 +223,8 @@ class _Paths:
     def __init__(self, flow: Dataflow) -> None:
         data = [site for site, about in flow.sites.items() if about.region != "position"]
         graph: nx.DiGraph[str] = nx.DiGraph(flow.graph.subgraph(data))
-        starts = [site for site in data if not any(True for _ in graph.predecessors(site))]
+        fed = _fed(flow)
+        starts = [site for site in data if site in fed and not any(True for _ in graph.predecessors(site))]
         graph.add_edges_from((_SOURCE, site) for site in starts)
         graph.add_edges_from((site, _SINK) for site in flow.outputs if site in graph)
         reverse = graph.reverse(copy=False)
@@ -237,6 +238,15 @@ class _Paths:
         while crossed not in (None, _SOURCE):
             self.single.add(crossed)
             crossed = before[crossed]
+
+
+def _fed(flow: Dataflow) -> set[str]:
+    """The sites that the model's inputs reach: what is computed from parameters alone is no beginning of a path."""
+    fed: set[Node] = set()
+    for node in next((node.graph.nodes for node in flow.nodes.values()), ()):
+        if node.op == "placeholder" or any(before in fed for before in node.all_input_nodes):
+            fed.add(node)
+    return {site for site, node in flow.nodes.items() if node in fed}
 
 
 def _depths(flow: Dataflow) -> dict[str, int]:

@@ -37,10 +37,11 @@ _PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
 class Costs:
     """What every choice costs: ``columns`` holds, per option, Σ g·δ per draw and sample, fp64 (options, K, n).
 
-    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens. ``kl`` and
-    ``se`` (options,) are the predicted KL in nats per token of that option alone and its standard error for these samples;
-    ``unbiased`` and ``elementwise`` (options,) the two estimates that it is made of, ``spread`` the standard deviation of
-    the log of the second around the truth, ``truncation`` that of what second order leaves out, per √KL.
+    An option is a pair (module, choice text); ``index`` gives its row. ``per_sample`` (n,): scored tokens; where weights of
+    experts are planned, a batch takes the place of a sample. ``kl`` and ``se`` (options,) are the predicted KL in nats per
+    token of that option alone and its standard error for these samples; ``unbiased`` and ``elementwise`` (options,) the two
+    estimates that it is made of, ``spread`` the standard deviation of the log of the second around the truth,
+    ``truncation`` that of what second order leaves out, per √KL.
     """
 
     index: Mapping[tuple[str, str], int]
@@ -83,20 +84,25 @@ def costs(
             f"no gradient reached {lost[0]} ({len(lost)} of {len(parts)} modules), so its cost is unknown; leave it out"
         )
     index: dict[tuple[str, str], int] = {}
-    tokens, shape = int(found.tokens.sum()), found.sketch.shape[2:]
+    sketch, per_sample = found.sketch, found.tokens
+    if any(site in found.shared for sites in stored.values() for site in sites):
+        # The error of experts is summed over a batch, at its first sample: so the batch is what is squared, for all alike.
+        starts = np.array(found.offsets)
+        sketch, per_sample = np.add.reduceat(sketch, starts, axis=-1), np.add.reduceat(per_sample, starts)
+    tokens, shape = int(per_sample.sum()), sketch.shape[2:]
     columns, squares = [], []
     for part in parts:
         for choice in options[part.module]:
             index[part.module, choice.text] = len(index)
             pairs = [(rows[site], names[name]) for site, name in part.formats(choice)]
-            columns.append(sum((found.sketch[row, name] for row, name in pairs), np.zeros(shape)))
+            columns.append(sum((sketch[row, name] for row, name in pairs), np.zeros(shape)))
             squares.append(sum(float(found.elements[row, name].sum()) for row, name in pairs))
     table = np.stack(columns)
     elementwise = 0.5 * np.array(squares) / tokens
     kl, se, spread = combine(table, elementwise, tokens)
     unbiased = mean_square(table, tokens)
     return Costs(
-        index=index, columns=table, per_sample=found.tokens.astype(np.float64), kl=kl,
+        index=index, columns=table, per_sample=per_sample.astype(np.float64), kl=kl,
         se=np.hypot(se, truncation * kl**1.5), unbiased=unbiased, elementwise=elementwise, spread=spread,
         truncation=truncation,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from aqnfx.planning.costs import Costs, draw_error
 
@@ -16,7 +17,7 @@ Fits = Callable[[tuple[int, ...]], bool]
 
 _USUAL = 0.1  # interactions of a whole plan, as a share of its parts: 0 to 8 % were seen at 32 draws
 _CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
-_CLEAR = 3.5  # standard errors that a gain on held-out draws must exceed: of 200 exchanges, one in twenty rounds by chance
+_CHANCE = 2.3e-4  # of a gain on held-out draws that is none: 3.5 standard errors; of 200 exchanges, one in twenty rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,11 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     per_draw = 0.5 * (np.square(whole) - np.square(chosen).sum(axis=0)) / costs.tokens  # (K, n)
     cross = float(per_draw.mean(axis=0).sum())
     noise = draw_error(whole, costs.tokens)
-    variance = float(per_draw.var(axis=0, ddof=1).sum() / draws) if draws > 1 else float(noise) ** 2
-    prior = max((_USUAL * additive) ** 2, cross**2 - 4.0 * variance)
+    # Few draws hardly know their own variance: half of it is what the noise of the whole would make.
+    found = float(per_draw.var(axis=0, ddof=1).sum() / draws) if draws > 1 else float(noise) ** 2
+    variance = (found + float(noise) ** 2) / 2.0
+    clear = float(student_t.isf(0.023, max(n * (draws - 1) / 2.0, 1.0)))
+    prior = max((_USUAL * additive) ** 2, cross**2 - (clear**2) * variance)
     believed = prior / (prior + variance) if variance > 0.0 else 1.0
     kl = max(additive + believed * cross, 0.0)
     left_out = costs.truncation * kl**1.5
@@ -90,13 +94,12 @@ def refine(costs: Costs, options: Sequence[Sequence[Sequence[int]]], chosen: Seq
     current = list(chosen)
     draws = costs.columns.shape[1]
     groups = [np.stack([costs.columns[list(rows)].sum(axis=0) for rows in group]) for group in options]
-    alone = [np.array([costs.kl[list(rows)].sum() for rows in group]) for group in options]
     tried = taken = 0
     total_gain = 0.0
     if draws < 2:
         return Refined(chosen=tuple(current), tried=0, taken=0, gain=0.0)
     while True:
-        search = _Search(groups, alone, current, costs.tokens)
+        search = _Search(groups, current, costs.tokens)
         best = search.best(fits)
         tried += search.tried
         if best is None:
@@ -110,8 +113,8 @@ def refine(costs: Costs, options: Sequence[Sequence[Sequence[int]]], chosen: Seq
 class _Search:
     """One round of local search around a plan."""
 
-    def __init__(self, groups: Sequence[Array], alone: Sequence[Array], current: Sequence[int], tokens: int) -> None:
-        self.groups, self.alone, self.current, self.tokens, self.tried = groups, alone, list(current), tokens, 0
+    def __init__(self, groups: Sequence[Array], current: Sequence[int], tokens: int) -> None:
+        self.groups, self.current, self.tokens, self.tried = groups, list(current), tokens, 0
         self.whole = np.asarray(sum(group[option] for group, option in zip(groups, current, strict=True)))
 
     def best(self, fits: Fits) -> tuple[list[tuple[int, int]], float] | None:
@@ -153,5 +156,7 @@ class _Search:
         per_draw = lower.sum(axis=1)
         gain = float(per_draw.mean())
         # Draws of a sample share its values; draws are independent.
-        error = float(lower.std() * np.sqrt(lower.shape[1] / lower.shape[0]))
-        return gain if gain > _CLEAR * error else None
+        draws, n = lower.shape
+        error = float(lower.std(ddof=1) * np.sqrt(n / draws))
+        clear = float(student_t.isf(_CHANCE, max((n - 1) * draws / 2.0, 1.0)))  # few samples know little of their spread
+        return gain if gain > clear * error else None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,75 +22,115 @@ Array = NDArray[np.float64]
 
 # HiGHS stops 1e-6 short of the optimum whatever is asked, so the objective is scaled far above that.
 _SCALE = 1e6
+_LARGEST = 1 << 52  # whole numbers that doubles hold
+_GRAINS = 10**9  # steps of a budget whose weights have no common denominator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """One budget: what every option of every group weighs, and how much there is, in any unit."""
+    """One budget: what every option of every group weighs, and how much there is, in the same unit.
+
+    ``unit`` is what messages divide both by. Weights and budget are taken as the decimal numbers that they print as, so that a
+    budget that can be used up exactly can be used up exactly.
+    """
 
     name: str
     weights: tuple[Array, ...]
     budget: float
+    unit: float = 1.0
 
     def used(self, chosen: Sequence[int]) -> float:
-        """Return what a choice weighs."""
-        return float(sum(w[option] for w, option in zip(self.weights, chosen, strict=True)))
+        """Return what a choice weighs, in the unit of messages."""
+        return float(sum(w[option] for w, option in zip(self.weights, chosen, strict=True))) / self.unit
 
-    @property
-    def least(self) -> float:
-        """The least that any choice weighs."""
-        return float(sum(w.min() for w in self.weights))
+    def keeps(self, chosen: Sequence[int]) -> bool:
+        """Return whether a choice is within the budget."""
+        whole, room = self.whole()
+        return sum(int(w[option]) for w, option in zip(whole, chosen, strict=True)) <= room
+
+    def whole(self) -> tuple[tuple[NDArray[np.int64], ...], int]:
+        """Return weights and budget as whole numbers: exact where they have a common denominator, else weights rounded up."""
+        exact = [[Fraction(repr(float(x))) for x in w] for w in self.weights]
+        budget = Fraction(repr(float(self.budget)))
+        step = math.lcm(*(x.denominator for w in exact for x in w))
+        if step * max(max(w) for w in exact) >= _LARGEST:
+            grain = max(budget, Fraction(1, 10**18)) / _GRAINS
+            exact, budget, step = [[Fraction(math.ceil(x / grain)) for x in w] for w in exact], Fraction(_GRAINS), 1
+        return tuple(np.array([int(x * step) for x in w], dtype=np.int64) for w in exact), math.floor(budget * step)
 
 
 def solve(values: Sequence[Array], limits: Sequence[Limit]) -> tuple[int, ...]:
     """Return one option per group with the least sum of ``values`` that keeps within all ``limits``.
 
-    ``values``: per group fp64 (options,), finite and not negative. The result is optimal, and no limit is passed by any
-    amount: what the solver's tolerance lets through is cut off and solved again. Raises :class:`InputError` where nothing is
-    feasible, naming the limit and the least that is.
+    ``values``: per group fp64 (options,), finite and not negative. Raises :class:`InputError` where nothing is feasible, naming
+    the limit and the least that is.
     """
-    for limit in limits:
-        if limit.least > limit.budget:
+    tables = [limit.whole() for limit in limits]
+    for limit, (whole, room) in zip(limits, tables, strict=True):
+        if sum(int(w.min()) for w in whole) > room:
+            least = sum(float(w.min()) for w in limit.weights) / limit.unit
+            what = "or add larger formats" if limit.name == "max_kl" else "add smaller formats, or keep fewer modules as they are"
             raise InputError(
-                f"{limit.name} {limit.budget:.6g} cannot be kept: the least feasible is {limit.least:.6g}; raise it, add "
-                "smaller formats, or keep fewer modules as they are"
+                f"{limit.name} {limit.budget / limit.unit:.10g} cannot be kept: the least feasible is {least:.10g}; raise it, "
+                f"{what}"
             )
     sizes = [len(v) for v in values]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     flat = np.concatenate([np.asarray(v, dtype=np.float64) - np.min(v) for v in values])
-    top = float(flat.max())
-    if top == 0.0 and not limits:
-        return (0,) * len(sizes)
+    top = float(flat.max()) or 1.0
     rows = np.repeat(np.arange(len(sizes)), sizes)
     once = csr_array((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(sizes), len(flat)))
-    constraints = [LinearConstraint(once, 1.0, 1.0)]
-    for limit in limits:
-        weights = np.concatenate(limit.weights)
-        scale = float(np.abs(weights).max()) or 1.0
-        constraints.append(LinearConstraint(weights[None, :] / scale, -np.inf, limit.budget / scale))
+    slack = [0] * len(limits)
     while True:
-        found = milp(
-            flat / (top or 1.0) * _SCALE, constraints=constraints, integrality=np.ones(len(flat)), bounds=Bounds(0.0, 1.0),
-            options={"mip_rel_gap": 0.0},
-        )  # fmt: skip
+        constraints = [LinearConstraint(once, 1.0, 1.0)]
+        for (whole, room), less in zip(tables, slack, strict=True):
+            over = [w - w.min() for w in whole]
+            left = room - sum(int(w.min()) for w in whole) - less
+            shared = math.gcd(*(int(x) for w in over for x in w)) or 1
+            # Half a step beyond what is left: no choice lies there, and the solver's tolerance cuts off none that fits.
+            constraints.append(LinearConstraint(np.concatenate(over)[None, :] // shared, -np.inf, left // shared + 0.5))
+        with _silent():
+            found = milp(
+                flat / top * _SCALE, constraints=constraints, integrality=np.ones(len(flat)), bounds=Bounds(0.0, 1.0),
+                options={"mip_rel_gap": 0.0},
+            )  # fmt: skip
         if found.x is None:
-            raise InputError(
-                f"no choice keeps all of {', '.join(f'{limit.name} {limit.budget:.6g}' for limit in limits)} together; raise one"
-            )
+            named = ", ".join(f"{limit.name} {limit.budget / limit.unit:.10g}" for limit in limits)
+            raise InputError(f"no choice keeps all of {named} together; raise one")
         chosen = tuple(int(np.argmax(found.x[a:b])) for a, b in itertools.pairwise(starts))
-        if all(limit.used(chosen) <= limit.budget for limit in limits):
+        excess = [
+            sum(int(w[o]) for w, o in zip(whole, chosen, strict=True)) - room
+            for whole, room in tables
+        ]  # fmt: skip
+        if all(more <= 0 for more in excess):
             return chosen
-        picked = np.zeros(len(flat))
-        picked[[a + option for a, option in zip(starts, chosen, strict=False)]] = 1.0
-        constraints.append(LinearConstraint(picked[None, :], -np.inf, len(sizes) - 1.0))
+        # Variables are whole to 1e-6 only, which is much where an option is a million steps.
+        slack = [less + max(more, 0) for less, more in zip(slack, excess, strict=True)]
 
 
-def least_weight(weights: Sequence[Array], values: Sequence[Array], budget: float) -> tuple[int, ...]:
+def least_weight(
+    weights: Sequence[Array], values: Sequence[Array], budget: float, others: Sequence[Limit] = ()
+) -> tuple[int, ...]:
     """Return one option per group with the least sum of ``weights`` whose ``values`` sum to at most ``budget``.
 
-    Among those of equal weight, one of least value. Raises :class:`InputError` as :func:`solve` does.
+    It keeps within ``others`` too. Among those of equal weight, one of least value. Raises :class:`InputError` as :func:`solve`
+    does.
     """
-    limit = Limit(name="KL", weights=tuple(values), budget=budget)
-    chosen = solve(weights, [limit])
+    limit = Limit(name="max_kl", weights=tuple(values), budget=budget)
+    chosen = solve(weights, [limit, *others])
     spent = sum(float(w[option]) for w, option in zip(weights, chosen, strict=True))
-    return solve(values, [Limit(name="size", weights=tuple(weights), budget=spent)])
+    return solve(values, [Limit(name="size", weights=tuple(weights), budget=spent), *others])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what HiGHS prints by itself, now and then, off the process's standard output."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -73,6 +73,12 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}{nearest(str(self.rule), RULES)}")
+        if isinstance(self.modules, str) or not all(isinstance(name, str) for name in self.modules):
+            raise InputError(f"modules must be a sequence of globs, found {self.modules!r}")
+        for name, table in (("keep", self.keep), ("floor", self.floor)):
+            wanted = str if name == "keep" else (int, float)
+            if not all(isinstance(key, str) and isinstance(value, wanted) for key, value in table.items()):
+                raise InputError(f"{name} maps names to {'formats' if name == 'keep' else 'bits'}, found {dict(table)!r}")
         menu, goals = self.menu, [n for n in ("avg_bits", "bytes", "seconds", "max_kl") if getattr(self, n) is not None]
         if self.rule == "optimal" and len(goals) != 1:
             said = f", found {' and '.join(goals)}" if goals else ""
@@ -94,7 +100,7 @@ class PlanOptions:
         for name in ("draws", "samples", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InputError(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
-        for name in ("eval_samples", "pareto"):
+        for name in ("eval_samples", "pareto", "seed"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise InputError(f"{name} must be a whole number and not negative, found {getattr(self, name)!r}")
         for name, value, known in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Scored:
     costs: Costs
     checks: tuple[dict[str, Any], ...]
     facts: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -75,7 +77,7 @@ def plan(
     made["predicted"]["measured_here"] = measure_plans(
         ready.program, chosen, {"plan": problem.assignments(picked)}
     )["plan"].kl
-    notes = list(ready.notes) + judging_notes(problem, held)
+    notes = [*ready.notes, *scored.notes, *judging_notes(problem, held)]
     if held:
         tell("measuring")
         made |= compare_plans(ready.program, held, problem, picked, wanted, progress)
@@ -113,7 +115,9 @@ def score_options(
     facts = {key: found.provenance[key] for key in ("passes", "backward_passes", "peak_memory_mib")}
     made = dataclasses.replace(made, truncation=truncation, se=np.hypot(made.se, truncation * made.kl**1.5))
     rows = tuple(check | {"se": float(np.hypot(check["se"], truncation * check["predicted"] ** 1.5))} for check in checks)
-    return Scored(problem=problem, costs=made, checks=rows, facts=facts | {"score_seconds": found.provenance["seconds"]})
+    return Scored(problem=problem, costs=made, checks=rows, notes=found.notes,
+        facts=facts | {"score_seconds": found.provenance["seconds"]},
+    )  # fmt: skip
 
 
 def choose(scored: Scored, options: PlanOptions) -> tuple[tuple[int, ...], Refined | None]:
@@ -125,18 +129,31 @@ def choose(scored: Scored, options: PlanOptions) -> tuple[tuple[int, ...], Refin
     values = [_group_values(scored.costs, group) for group in rows]
     budgets = limits(problem, options)
     if options.max_kl is not None:
-        sizes = problem.bits(scales=options.count_scales)
-        picked = least_weight(sizes, values, options.max_kl)
-        return picked, None
+        return _smallest(scored, values, rows, budgets, options), None
     picked = solve(values, budgets)
     if not options.refine:
         return picked, None
 
     def fits(chosen: tuple[int, ...]) -> bool:
-        return all(limit.used(chosen) <= limit.budget for limit in budgets)
+        return all(limit.keeps(chosen) for limit in budgets)
 
     refined = refine(scored.costs, rows, picked, fits)
     return refined.chosen, refined
+
+
+def _smallest(
+    scored: Scored, values: Sequence[Any], rows: Sequence[Sequence[Sequence[int]]], budgets: Sequence[Limit],
+    options: PlanOptions,
+) -> tuple[int, ...]:  # fmt: skip
+    """Return the smallest plan whose predicted KL, interactions included, keeps ``max_kl``."""
+    assert options.max_kl is not None  # the goal that this is for
+    sizes, room = scored.problem.bits(scales=options.count_scales), options.max_kl
+    while True:
+        picked = least_weight(sizes, values, room, budgets)
+        kl = plan_kl(scored.costs, _flat(rows, picked)).kl
+        if kl <= options.max_kl:
+            return picked
+        room = min(room * options.max_kl / kl, room * 0.98)  # parts are solved for; together they cost more
 
 
 def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
@@ -145,13 +162,14 @@ def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
     values = [_group_values(scored.costs, group) for group in rows]
     bits = problem.bits(scales=options.count_scales)
     others = [limit for limit in limits(problem, options) if limit.name == "kv_bits"]
-    least, most = (sum(float(pick(w)) for w in bits) / problem.elements for pick in (np.min, np.max))
+    least, most = (sum(float(pick(w)) for w in bits) for pick in (np.min, np.max))
     found = []
     for budget in np.linspace(least, most, max(options.pareto, 2)):
-        limit = Limit(name="avg_bits", weights=tuple(w / problem.elements for w in bits), budget=float(budget) + 1e-9)
+        limit = Limit(name="avg_bits", weights=bits, budget=math.floor(budget + 1e-6), unit=problem.elements)
         chosen = solve(values, [limit, *others])
         predicted = plan_kl(scored.costs, _flat(rows, chosen))
-        found.append({"budget": float(budget), "used": limit.used(chosen), "kl": predicted.kl, "se": predicted.se})
+        asked = float(budget) / problem.elements
+        found.append({"budget": asked, "used": limit.used(chosen), "kl": predicted.kl, "se": predicted.se})
     return found
 
 
@@ -183,9 +201,16 @@ def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, te
         samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
         ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles, task=wanted.task,
         text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
-        adaptive=True, perturb=next(choice.weight for choice in wanted.menu if choice.weight is not None),
+        adaptive=True, perturb=_any_format(wanted),
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
     return prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+
+
+def _any_format(wanted: PlanOptions) -> str:
+    named = (name for choice in wanted.menu for name in (choice.weight, choice.input) if name is not None)
+    if (found := next(named, None)) is None:
+        raise InputError("every choice leaves the model as it is; there is nothing to plan")
+    return found
 
 
 def batches_of(ready: Prepared, options: PlanOptions, first: int, last: int) -> list[Batch]:
@@ -246,7 +271,7 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
     value = getattr(options, goal)
     return {
         **problem.sizes(picked), "rule": options.rule, "modules": modules,
-        "budget": {"kind": goal, "value": value, "count_scales": options.count_scales, "used": used.get(goal, predicted.additive)}
+        "budget": {"kind": goal, "value": value, "count_scales": options.count_scales, "used": used.get(goal, predicted.kl)}
         | ({"kv_bits": options.kv_bits, "kv_used": used["kv_bits"]} if options.kv_bits is not None else {}),
         "coupling": {
             "mode": options.couple,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from aqnfx.graph.program import Program
 class PrecisionPlan:
     """One plan as plain JSON values; every field is the key of the same name in the record.
 
-    ``assignments``: module -> formats, with the names of the checkpoint. ``avg_bits``: bits per planned weight without
+    ``assignments``: module -> formats, with the names of ``named_modules()``. ``avg_bits``: bits per planned weight without
     scales, ``effective_bits`` with them, ``bytes``: what the planned weights take, scales included. ``model``: ``name``,
     ``digest`` (of names, shapes and values), ``model_type``. ``budget``: ``kind``, ``value`` and ``used``. ``rule``: how
     formats were chosen. ``coupling``: ``mode``, ``groups`` of modules that share their formats, and ``kl`` that sharing costs
@@ -71,8 +70,8 @@ class PrecisionPlan:
                 raise InputError(f"{where}: {item.name!r} is {repr(value)[:80]}, of another type than a plan has")
             given[item.name] = value
         for name in ("avg_bits", "effective_bits", "bytes"):
-            if not (math.isfinite(given[name]) and given[name] >= 0):
-                raise InputError(f"{where}: {name!r} is {given[name]}, not a size")
+            if not 0 <= given[name] < 1e18:  # NaN is neither
+                raise InputError(f"{where}: {name!r} is {repr(given[name])[:40]}, not a size")
         return cls(**given | {"assignments": parse_assignments(given["assignments"], where)})
 
 

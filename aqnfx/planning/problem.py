@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,17 +123,24 @@ def limits(problem: Problem, options: PlanOptions) -> list[Limit]:
     found = []
     weights = problem.bits(scales=options.count_scales)
     if options.avg_bits is not None:
-        per = tuple(w / problem.elements for w in weights)
-        found.append(Limit(name="avg_bits", weights=per, budget=options.avg_bits))
+        found.append(_average("avg_bits", weights, options.avg_bits, problem.elements))
     if options.bytes is not None:
-        found.append(Limit(name="bytes", weights=tuple(w / 8.0 for w in weights), budget=byte_count("bytes", options.bytes)))
+        room = 8.0 * byte_count("bytes", options.bytes)
+        found.append(Limit(name="bytes", weights=weights, budget=room, unit=8.0))
     if options.seconds is not None:
         found.append(Limit(name="seconds", weights=_latency(problem, options), budget=options.seconds))
     if options.kv_bits is not None:
+        caches = problem.bits(scales=options.count_scales, cache=True)
         width = sum(part.shape[0] for part in problem.parts if part.cache)
-        per = tuple(w / max(width, 1) for w in problem.bits(scales=options.count_scales, cache=True))
-        found.append(Limit(name="kv_bits", weights=per, budget=options.kv_bits))
+        if not width:
+            raise InputError("kv_formats and kv_bits are given, and none of the planned layers has keys and values to store")
+        found.append(_average("kv_bits", caches, options.kv_bits, float(width)))
     return found
+
+
+def _average(name: str, weights: tuple[Array, ...], bits: float, count: float) -> Limit:
+    """Return the budget of ``bits`` per value for ``count`` values, taken as the decimal number that it is written as."""
+    return Limit(name=name, weights=weights, budget=float(Fraction(repr(float(bits))) * Fraction(repr(count))), unit=count)
 
 
 def _where(options: PlanOptions) -> str:
@@ -197,9 +205,12 @@ def _groups(
 
 def _latency(problem: Problem, options: PlanOptions) -> tuple[Array, ...]:
     table = options.latency_table
+    known = [part.module for part in problem.parts]
+    if unknown := [module for module in table if module != "*" and module not in known]:
+        raise InputError(f"the latency table names {unknown[0]!r}, which is not planned{nearest(unknown[0], known)}")
 
     def seconds(part: Part, choice: Choice) -> float:
-        row = table.get(part.module, table.get("*", {}))
+        row = {**table.get("*", {}), **table.get(part.module, {})}
         if choice.text not in row:
             raise InputError(f"the latency table has no {choice.text} for {part.module}, nor for '*'")
         return row[choice.text]

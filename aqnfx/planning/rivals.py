@@ -51,7 +51,7 @@ def _rivals(problem: Problem, picked: Sequence[int], options: PlanOptions) -> di
     for choice in options.menu:
         if all(choice in group.choices or len(group.choices) == 1 or _is_cache(problem, group) for group in problem.groups):
             found[f"uniform {choice.text}"] = tuple(
-                group.choices.index(choice) if choice in group.choices else (0 if len(group.choices) == 1 else mine)
+                mine if _is_cache(problem, group) or choice not in group.choices else group.choices.index(choice)
                 for group, mine in zip(problem.groups, picked, strict=True)
             )
     bits = problem.bits(scales=True)

@@ -53,6 +53,38 @@ def test_a_budget_is_kept_to_the_last_bit() -> None:
     assert solve(values, [limit]) == (0,)
 
 
+@pytest.mark.parametrize("layers", [24, 40, 84, 96])
+@pytest.mark.parametrize("bits", [5.5, 6.0, 6.5, 6.5 - 1e-9, 7.0, 4.5, 8.5])
+def test_equal_layers_use_an_attainable_budget_up(layers: int, bits: float) -> None:
+    """Sizes per weight are no whole numbers, every layer ties with every other, and the budget is met to the last bit."""
+    random, elements = np.random.default_rng(layers), 64 * 96
+    values = [np.array([1.0 + random.random(), 0.0]) for _ in range(layers)]
+    weights = tuple(np.array([4.5 * elements, 8.5 * elements]) for _ in range(layers))
+    limit = Limit(name="avg_bits", weights=weights, budget=float(bits * elements * layers), unit=elements * layers)
+    chosen = solve(values, [limit])
+    large = int((bits - 4.5 + 1e-12) / 4.0 * layers + 1e-7) if bits != 6.5 - 1e-9 else int((bits - 4.5) / 4.0 * layers)
+    assert sum(chosen) == large
+    kept = sorted((v[0] for v in values), reverse=True)[:large]
+    assert sum(v[0] for v, o in zip(values, chosen, strict=True) if o) == pytest.approx(sum(kept))
+    assert limit.keeps(chosen)
+
+
+def test_decimal_weights_are_taken_as_written() -> None:
+    values = [np.array([1.0, 0.0])] * 3
+    limit = Limit(name="seconds", weights=(np.array([0.0, 0.1]),) * 3, budget=0.3)
+    assert solve(values, [limit]) == (1, 1, 1)  # 0.1 + 0.1 + 0.1 > 0.3 in floats
+    thirds = Limit(name="seconds", weights=(np.array([0.0, 1 / 3]),) * 3, budget=0.99)
+    assert sum(solve(values, [thirds])) == 2
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        values, weights = [random.random(4) for _ in range(40)], tuple(random.random(4) for _ in range(40))
+        solve(values, [Limit(name="bytes", weights=weights, budget=20.0)])
+    assert capfd.readouterr().out == ""
+
+
 def test_an_impossible_budget_says_what_is_feasible() -> None:
     limit = Limit(name="avg_bits", weights=(np.array([4.5, 8.5]),) * 2, budget=8.0)
     with pytest.raises(InputError, match="avg_bits 8 cannot be kept: the least feasible is 9;"):
@@ -68,5 +100,5 @@ def test_the_smallest_size_that_keeps_a_kl() -> None:
     # 12 bits reach at best 0.5; of the two options of 8 bits the cheaper one.
     assert least_weight(weights, values, 0.5) == (2, 0)
     assert least_weight(weights, values, 0.1) == (2, 2)
-    with pytest.raises(InputError, match=r"KL 0\.05 cannot be kept: the least feasible is 0\.1"):
+    with pytest.raises(InputError, match=r"max_kl 0\.05 cannot be kept: the least feasible is 0\.1"):
         least_weight(weights, values, 0.05)
