@@ -39,11 +39,10 @@ def command(
     partial: str = typer.Option("refuse", "--partial-groups", help="Blocks that do not divide a layer: refuse, pad or drop."),
     active_experts: bool = typer.Option(False, "--active-experts", help="Count experts by the share that a token uses."),
     pareto: int = typer.Option(0, help="Also the best plans at this many budgets, from the same costs."),
-    refine: bool = typer.Option(True, help="Improve on the additive optimum where held-out draws agree."),
+    refine: bool = typer.Option(True, help="Improve on the additive optimum where other draws agree (not with --max-kl)."),
     draws: int = typer.Option(8, help="Projection draws per sample."),
     samples: int = typer.Option(32, help="Samples that choose."),
     eval_samples: int = typer.Option(64, help="Other samples that judge the plan; 0: do not measure it."),
-    task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
     batch_size: int = typer.Option(8, help="Samples per forward pass."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
@@ -84,8 +83,8 @@ def command(
     if out is not None and out.is_dir():
         name = "migration.json" if migration else "plan.json"
         raise InputError(f"--out {out} is a directory; name a file, such as {out / name}")
-    if out is not None and out.suffix == ".md":
-        raise InputError(f"--out {out} is where the report goes; name the JSON file, such as {out.with_suffix('.json')}")
+    if out is not None and out.suffix in (".md", ".svg"):
+        raise InputError(f"--out {out} is where the report or its picture goes; name the JSON file: {out.with_suffix('.json')}")
     if migration:
         migrate(model, map, divergences, out=out, json_output=json_output)
         return
@@ -94,7 +93,7 @@ def command(
         kv_formats=kv_formats, kv_bits=kv_bits, modules=_words(modules), layers="|".join(_words(layers)) or None,
         keep=parse_pairs(keep, "--keep"), floor=_floors(parse_pairs(floor, "--floor")), couple=couple, partial=partial,
         active_experts=active_experts, pareto=pareto, refine=refine, draws=draws, samples=samples, eval_samples=eval_samples,
-        task=task, batch_size=batch_size, max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype,
+        batch_size=batch_size, max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype,
         seed=seed, rule=rule, thresholds=_pair(thresholds),
     )  # fmt: skip
     if latency_table is not None:

@@ -44,6 +44,7 @@ def accumulate_weight(
     outer = outer.to(wide).reshape(rows, -1, outer.shape[-1]).transpose(1, 2)
     inner = inner.to(wide).reshape(rows, -1, inner.shape[-1])
     table = table if table is None else table.to(wide)
+    squared = table.square() if table is not None and elements is not None else None
     step = max(1, _CHUNK // weight.numel())
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -57,8 +58,9 @@ def accumulate_weight(
             products = (per_sample.reshape(len(per_sample), -1) @ table).double().t()
             assert sketch is not None  # allocated by the pass that declares perturbations
             sketch[index, :, draw, place] += products.to(sketch.device)
-            if elements is not None:
-                squares = (per_sample.square_().reshape(len(per_sample), -1) @ table.square()).double().t()
+            if squared is not None:
+                assert elements is not None  # what the squares are for
+                squares = (per_sample.square_().reshape(len(per_sample), -1) @ squared).double().t()
                 elements[index, :, place] += squares.to(elements.device)
 
 

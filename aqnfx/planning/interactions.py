@@ -15,7 +15,7 @@ from aqnfx.planning.costs import Costs, draw_error
 Array = NDArray[np.float64]
 Fits = Callable[[tuple[int, ...]], bool]
 
-_USUAL = 0.1  # interactions of a whole plan, as a share of its parts: 0 to 8 % were seen at 32 draws
+_USUAL = 0.1  # interactions of a whole plan, as a share of its parts, where nothing says otherwise
 _CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
 _CHANCE = 2.3e-4  # of a gain on held-out draws that is none: 3.5 standard errors; of 200 exchanges, one in twenty rounds
 

@@ -63,7 +63,6 @@ class PlanOptions:
     eval_samples: int = 64
     batch_size: int = 8
     max_length: int | None = None
-    task: str | None = None
     text_field: str | None = None
     pack: bool = True
     device: str = "cpu"
@@ -108,6 +107,8 @@ class PlanOptions:
         ):  # fmt: skip
             if value not in known:
                 raise InputError(f"{name} {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+        if self.pareto == 1:
+            raise InputError("pareto 1 is no frontier; give 2 budgets or more, or 0 for none")
         self.kept()
         if self.kv_formats is not None:
             parse_cache_menu(self.kv_formats)

@@ -199,7 +199,7 @@ def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, te
     roles = "weight|input|key|value" if wanted.kv_formats is not None else "weight|input"
     options = Options(
         samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
-        ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles, task=wanted.task,
+        ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles,
         text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
         adaptive=True, perturb=_any_format(wanted),
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
@@ -289,14 +289,15 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
 
 
 def _coupling_cost(program: Program, scored: Scored, picked: Sequence[int], options: PlanOptions) -> dict[str, Any]:
-    """Return what sharing formats costs: the predicted KL of this plan, and of the best one without groups."""
+    """Return what sharing formats costs: predicted KL with and without groups, or bits where the KL is what is given."""
     free = dataclasses.replace(options, couple="none")
     alone = dataclasses.replace(scored, problem=make_problem(program, free))
     best, _ = choose(alone, free)
-    rows = [
-        _flat(problem.rows(scored.costs.index), chosen)
-        for problem, chosen in ((scored.problem, picked), (alone.problem, best))
-    ]
+    both = ((scored.problem, picked), (alone.problem, best))
+    if options.max_kl is not None:  # both are at the limit of KL: what coupling costs is size
+        bits, free_bits = (problem.sizes(chosen)["effective_bits"] for problem, chosen in both)
+        return {"effective_bits": bits, "effective_bits_without": free_bits}
+    rows = [_flat(problem.rows(scored.costs.index), chosen) for problem, chosen in both]
     fused, free_kl = (plan_kl(scored.costs, chosen).kl for chosen in rows)
     error = kl_difference_error(scored.costs, *rows)
     return {"kl": fused, "kl_without": free_kl, "difference": fused - free_kl, "se": error}

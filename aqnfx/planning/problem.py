@@ -45,13 +45,7 @@ class Problem:
 
     def assignments(self, chosen: Sequence[int]) -> dict[str, Assignment]:
         """Return module -> formats of one option per group."""
-        found: dict[str, Assignment] = {}
-        for part, choice in self.choices(chosen):
-            before = found.get(part.module)  # an attention that has a weight of its own has both
-            named = {str(role): name for role, name in choice.assignment(part).formats().items()}
-            kept = {} if before is None else {str(role): name for role, name in before.formats().items()}
-            found[part.module] = Assignment(**{**kept, **named})
-        return found
+        return {part.module: choice.assignment(part) for part, choice in self.choices(chosen)}
 
     def choices(self, chosen: Sequence[int]) -> list[tuple[Part, Choice]]:
         """Return every part with its choice, in execution order."""
@@ -102,7 +96,7 @@ def make_problem(program: Program, options: PlanOptions) -> Problem:
     Raises :class:`InputError` for names that match nothing, formats that fit nowhere, and choices that contradict each other.
     """
     chosen = {site.id for site in Selector.parse(_where(options)).select(program)}
-    caches = ",".join(filter(None, ("roles:key|value", options.layers and f"layers:{options.layers}")))
+    caches = _where(options, ops="", roles="key|value")
     held = {site.id for site in Selector.parse(caches).select(program)} if options.kv_formats is not None else set()
     parts = []
     for module, places in operands_by_module(program).items():
@@ -143,8 +137,8 @@ def _average(name: str, weights: tuple[Array, ...], bits: float, count: float) -
     return Limit(name=name, weights=weights, budget=float(Fraction(repr(float(bits))) * Fraction(repr(count))), unit=count)
 
 
-def _where(options: PlanOptions) -> str:
-    fields = {"layers": options.layers, "modules": "|".join(options.modules), "ops": PRODUCTS, "roles": "weight|input"}
+def _where(options: PlanOptions, *, ops: str = PRODUCTS, roles: str = "weight|input") -> str:
+    fields = {"layers": options.layers, "modules": "|".join(options.modules), "ops": ops, "roles": roles}
     return ",".join(f"{name}:{value}" for name, value in fields.items() if value)
 
 
@@ -156,15 +150,22 @@ def _choices(parts: Sequence[Part], options: PlanOptions) -> dict[str, tuple[Cho
             raise InputError(f"keep {pattern!r} matches none of the {len(modules)} planned modules{nearest(pattern, modules)}")
     found: dict[str, tuple[Choice, ...]] = {}
     for part in parts:
-        pins = {pattern: choice for pattern, choice in kept.items() if fnmatch.fnmatchcase(part.module, pattern)}
+        # A glob that means layers must not reach the keys and values between them: those are pinned by their exact name.
+        pins = {
+            pattern: choice for pattern, choice in kept.items()
+            if part.module == pattern or (not part.cache and fnmatch.fnmatchcase(part.module, pattern))
+        }
         if len(set(pins.values())) > 1:
             raise InputError(f"{part.module} is kept twice and differently, by {' and by '.join(pins)}")
         menu = options.kv_menu if part.cache else options.menu
+        floor = 0.0 if part.cache else _floor(part, options)
         if pins:
+            pattern, pin = next(iter(pins.items()))
+            if choice_bits(pin) < floor:
+                raise InputError(f"{part.module} is kept in {pin.text} by {pattern!r}, below its layer's floor of {floor:g} bits")
             found[part.module] = check_groups([part], list(pins.values())[:1], options.partial)[part.module]
             continue
         fits = check_groups([part], menu, options.partial)[part.module]
-        floor = 0.0 if part.cache else _floor(part, options)
         found[part.module] = tuple(choice for choice in fits if choice_bits(choice) >= floor)
         if not found[part.module]:
             raise InputError(f"{part.module}: no format of the menu that fits has the {floor:g} bits of its layer's floor")

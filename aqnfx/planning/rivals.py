@@ -84,5 +84,5 @@ def judging_notes(problem: Problem, held: Sequence[Batch]) -> list[str]:
     elif sum(batch.size for batch in held) < _FEW:
         found.append(f"the plan was judged on {sum(batch.size for batch in held)} samples: intervals are rough")
     if any(part.share != 1.0 for part in problem.parts):
-        found.append("bits and bytes count experts by the share of them that a token uses")
+        found.append("bits per weight and budgets count experts by the share of them that a token uses; bytes counts all")
     return found

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aqnfx.errors import printable
+from aqnfx.errors import InputError, printable
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json, write_text
 from aqnfx.reporting.markdown import table
@@ -29,6 +29,8 @@ def save_plan(plan: PrecisionPlan, path: str | os.PathLike[str]) -> dict[str, Pa
     A frontier is drawn as ``.svg``. Each file is replaced as a whole. Raises :class:`InputError` where one is not writable.
     """
     place = Path(path)
+    if place.suffix in (".md", ".svg"):
+        raise InputError(f"{path} is where the report or its picture goes; name the JSON file: {place.with_suffix('.json')}")
     found = {"plan": write_json(place, plan.to_record())}
     if plan.frontier:
         found["frontier"] = write_text(place.with_suffix(".svg"), frontier_svg(plan))
@@ -101,6 +103,9 @@ def summary(plan: PrecisionPlan) -> list[str]:
             f" {nats(plan.coupling['kl_without'])} without"
             + (f": it costs {percent(gap / plan.coupling['kl_without'])}." if clear else ": not distinguishable.")
         )
+    if plan.coupling.get("effective_bits_without") is not None:
+        bits, free = plan.coupling["effective_bits"], plan.coupling["effective_bits_without"]
+        lines.append(f"Coupling: {bits:.3f} bits with {len(plan.coupling['groups'])} fused groups, {free:.3f} without.")
     return lines
 
 

@@ -117,5 +117,6 @@ def test_divergences_of_unknown_names(aqnfx: Aqnfx, model: Path, mapped: Path, t
 def test_places_that_do_not_fit(aqnfx: Aqnfx, model: Path, mapped: Path, tmp_path: Path) -> None:
     given = ["plan", model, "--map", mapped, "--migration", "--out"]
     one_line(aqnfx(*given, tmp_path), "is a directory; name a file, such as", "migration.json")
-    one_line(aqnfx(*given, tmp_path / "made.md"), "is where the report goes")
+    for name in ("made.md", "made.svg"):
+            one_line(aqnfx(*given, tmp_path / name), "is where the report or its picture goes")
     nothing_written(tmp_path / "made.md")

@@ -12,6 +12,8 @@ from scipy.stats import spearmanr
 
 import aqnfx
 from aqnfx.errors import InputError
+from aqnfx.graph.sites import Role
+from aqnfx.planning.costs import costs, mean_square
 from aqnfx.planning.evaluate import measure_plans, stored
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
@@ -20,6 +22,8 @@ from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.planner import batches_of, choose, prepare_plan, score_options
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
 from aqnfx.planning.problem import limits, make_problem
+from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.predict import predict
 from tests.cli.tiny import TEXT, save_model
 
 QUICK = {"samples": 4, "eval_samples": 3, "draws": 4, "max_length": 24, "batch_size": 2, "pack": False}
@@ -129,8 +133,13 @@ def test_fused_weights_share_their_format(prepared, directory: Path) -> None:
     found = aqnfx.plan(prepared.program, TEXTS, tokenizer=prepared.tokenizer, avg_bits=6.0, couple="fused", **QUICK)
     for group in found.coupling["groups"]:
         assert len({found.assignments[module].weight for module in group["modules"]}) == 1
-    assert found.coupling["se"] >= 0
-    assert found.coupling["difference"] == pytest.approx(found.coupling["kl"] - found.coupling["kl_without"])
+    assert found.coupling["kl"] == pytest.approx(found.predicted["kl"])
+    assert found.coupling["se"] < found.coupling["kl"]
+    small = aqnfx.plan(
+        prepared.program, TEXTS, tokenizer=prepared.tokenizer, max_kl=found.predicted["kl"], couple="fused", **QUICK
+    )
+    assert small.predicted["kl"] <= found.predicted["kl"]
+    assert small.coupling["effective_bits"] == small.effective_bits >= small.coupling["effective_bits_without"] - 0.2
     with pytest.raises(InputError, match="are fused and have no choice in common"):
         make_problem(ready.program, dataclasses.replace(options, keep={"model.layers.0.self_attn.q_proj": "bf16"}))
 
@@ -151,9 +160,47 @@ def test_weights_inputs_and_caches_together(directory: Path) -> None:
     assert {a.key for a in caches} == {"int4:row", "int8:row"}
 
 
+def test_the_smallest_size_keeps_the_kl_of_the_whole_and_the_budget_of_caches(prepared) -> None:
+    ready = prepare_plan(
+        prepared.program, TEXTS, PlanOptions(**QUICK, max_kl=1.0, kv_formats="int4,int8", kv_bits=10.0), prepared.tokenizer,
+        lambda _: None,
+    )  # fmt: skip
+    options = PlanOptions(**QUICK, max_kl=1.0, kv_formats="int4,int8", kv_bits=10.0)
+    scored = score_options(ready.program, make_problem(ready.program, options), batches_of(ready, options, 0, 4), options)
+    for share in (0.1, 0.3, 0.6):
+        wanted = dataclasses.replace(options, max_kl=float(scored.costs.kl.sum()) * share)
+        chosen, _ = choose(scored, wanted)
+        (caches,) = limits(scored.problem, wanted)
+        assert caches.keeps(chosen)
+        assert caches.used(chosen) <= 10.0
+        rows = [r for g, o in zip(scored.problem.rows(scored.costs.index), chosen, strict=True) for r in g[o]]
+        assert plan_kl(scored.costs, rows).kl <= wanted.max_kl
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_experts_and_the_rest_are_squared_together(size: int, tmp_path: Path) -> None:
+    """A batch's error of experts stands at its first sample: the plan's KL is that of perturbed_kl all the same."""
+    directory = save_model(tmp_path / "mixtral", "mixtral")
+    options = PlanOptions(**{**QUICK, "samples": 6, "batch_size": size, "draws": 8}, avg_bits=6.0, formats="int3:g32,int8:g32")
+    ready = prepare_plan(str(directory), TEXTS, options, None, lambda _: None)
+    problem, batches = make_problem(ready.program, options), batches_of(ready, options, 0, 6)
+    sites = [site for part in problem.parts for site in part.sites_of(Role.WEIGHT)]
+    score = 'kind=int3:g32 samples=6 draws=8 perturb="int3:g32|int8:g32" elements=true'
+    program = aqnfx.Pipeline.parse(f'insert-score{{where="sites:{"|".join(sites)}" {score}}}')(ready.program)
+    found = predict(program, eager_forward(program), batches, draws=8)
+    table = costs(found, problem.parts, problem.options)
+    rows = [table.index[part.module, "int3:g32"] for part in problem.parts]
+    whole = mean_square(table.columns[rows].sum(axis=0), table.tokens)
+    expected = found.perturbed_kl(sites, "int3:g32").sum() / found.tokens.sum()
+    # With batches of one both are the same sums; else terms of two samples differ, which are 0 in the mean.
+    assert whole == pytest.approx(expected, rel=1e-9 if size == 1 else 0.6)
+    assert table.columns.shape[-1] == len(batches)
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [
+        ({"floor": {"0": 8.0}, "keep": {"*layers.0.mlp*": "int4:g32"}}, "below its layer's floor of 8 bits"),
         ({"keep": {"head": "int8"}}, "keep 'head' matches none of"),
         ({"keep": {"lm_head": "int8", "lm_*": "bf16"}}, "lm_head is kept twice and differently"),
         ({"floor": {"9": 8.0}}, "floor of layer 9: no planned module is in it"),
