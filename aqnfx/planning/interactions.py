@@ -15,31 +15,37 @@ from aqnfx.planning.costs import Costs, draw_error
 Array = NDArray[np.float64]
 Fits = Callable[[tuple[int, ...]], bool]
 
-_USUAL = 0.1  # interactions of a whole plan, as a share of its parts, where nothing says otherwise
+_USUAL = 0.05  # interactions of a whole plan, as a share of its parts, where nothing says otherwise
 _CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
 _CHANCE = 2.3e-4  # of a gain on held-out draws that is none: 3.5 standard errors; of 200 exchanges, one in twenty rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanKL:
-    """KL of a plan in nats per token, and ``additive``, the sum of its parts alone.
+    """KL of a plan in nats per token, and what it is made of.
 
-    ``se``: standard error for other samples of the same kind; ``se_here`` that for the samples that were scored, which holds
-    the draws and what second order leaves out. Both are normal approximations: KL that a few samples make has longer tails.
+    ``additive``: the sum of its parts alone; ``second_order``: with what their errors do to each other; ``kl``: with the excess
+    over second order, which is c times ``pairs`` (nats²). ``se``: standard error of ``kl`` for other samples of the same kind;
+    ``se_here`` for the samples that were scored, which holds the draws and what second order leaves out; ``second_order_se``
+    that of ``second_order`` there. All are normal approximations: KL that a few samples make has longer tails.
     """
 
     kl: float
     se: float
     se_here: float
     additive: float
+    second_order: float
+    second_order_se: float
+    pairs: float
 
 
 def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
-    """Return the predicted KL of the options ``rows`` together, one per part.
+    """Return the KL of the options ``rows`` together, one per part.
 
-    The parts alone are the combined estimates. What their errors do to each other is ½(Σ s)² − ½Σ s² of the sketch, whose noise
-    is that of the whole; it is believed by w = τ² / (τ² + its variance), with τ a tenth of the parts' sum, or the interaction
-    itself where it stands out: layers that share an input, or undo each other, do more to each other than a tenth.
+    The parts alone are what the costs say. What their errors do to each other is ½(Σ s)² − ½Σ s² of the sketch, whose noise is
+    that of the whole; it is believed by w = τ² / (τ² + its variance), with τ a twentieth of the parts' sum, or the interaction
+    itself where it stands out: layers that share an input, or undo each other, do more to each other. To the sum S of both
+    comes c·(S² − Σ of the parts' squares), see :data:`~aqnfx.planning.costs.EXCESS`.
     """
     chosen = costs.columns[list(rows)]
     draws, n = chosen.shape[1:]
@@ -54,14 +60,21 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     clear = float(student_t.isf(0.023, max(n * (draws - 1) / 2.0, 1.0)))
     prior = max((_USUAL * additive) ** 2, cross**2 - (clear**2) * variance)
     believed = prior / (prior + variance) if variance > 0.0 else 1.0
-    kl = max(additive + believed * cross, 0.0)
-    left_out = costs.truncation * kl**1.5
-    here = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + believed * variance + left_out**2))
+    second = max(additive + believed * cross, 0.0)
+    alone = float(np.square(costs.kl[list(rows)]).sum())
+    # A part has nothing to meet its own error with, so its square is left out.
+    pairs, (excess, excess_se) = max(second**2 - alone, 0.0), costs.excess
+    kl = second + excess * pairs
+    error = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + (believed * variance if len(rows) > 1 else 0.0)))
+    here = math.hypot(error * (1.0 + 2.0 * excess * pairs / second if second > 0.0 else 1.0), excess_se * pairs)
     per_sample = 0.5 * np.square(whole).mean(axis=0)
     apart = per_sample - per_sample.sum() / costs.tokens * costs.per_sample
     # Samples differ in what they cost, and by the draws; these are counted once.
     among = np.square(apart).sum() * n / (n - 1) / costs.tokens**2 - float(noise) ** 2 if n > 1 else math.inf
-    return PlanKL(kl=kl, se=math.sqrt(here**2 + max(float(among), 0.0)), se_here=here, additive=additive)
+    return PlanKL(
+        kl=kl, se=math.sqrt(here**2 + max(float(among), 0.0)), se_here=here, additive=additive, second_order=second,
+        second_order_se=error, pairs=pairs,
+    )  # fmt: skip
 
 
 def kl_difference_error(costs: Costs, first: Sequence[int], second: Sequence[int]) -> float:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from aqnfx.errors import InputError
@@ -120,6 +120,34 @@ def least_weight(
     chosen = solve(weights, [limit, *others])
     spent = sum(float(w[option]) for w, option in zip(weights, chosen, strict=True))
     return solve(values, [Limit(name="size", weights=tuple(weights), budget=spent), *others])
+
+
+def prices(values: Sequence[Array], limits: Sequence[Limit]) -> tuple[float, ...]:
+    """Return what one more unit of each limit's weight would save: its multiplier in the linear relaxation, not negative.
+
+    Raises :class:`InputError` where no mixture of options keeps within all limits.
+    """
+    if not limits:
+        return ()
+    sizes = [len(v) for v in values]
+    flat = np.concatenate([np.asarray(v, dtype=np.float64) - np.min(v) for v in values])
+    top = float(flat.max()) or 1.0
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    once = csr_array((np.ones(len(flat)), (groups, np.arange(len(flat)))), shape=(len(sizes), len(flat)))
+    over = [np.concatenate([w - w.min() for w in limit.weights]) for limit in limits]
+    scale = [float(w.max()) or 1.0 for w in over]
+    left = [limit.budget - sum(float(w.min()) for w in limit.weights) for limit in limits]
+    with _silent():
+        found = linprog(
+            flat / top * _SCALE, A_ub=np.stack([w / by for w, by in zip(over, scale, strict=True)]),
+            b_ub=[room / by for room, by in zip(left, scale, strict=True)], A_eq=once, b_eq=np.ones(len(sizes)),
+            bounds=(0.0, 1.0), method="highs",
+        )  # fmt: skip
+    if found.x is None:
+        raise InputError(f"no choice keeps all of {', '.join(limit.name for limit in limits)} together; raise one")
+    return tuple(
+        max(-float(m), 0.0) / _SCALE * top / by for m, by in zip(found.ineqlin.marginals, scale, strict=True)
+    )
 
 
 @contextlib.contextmanager

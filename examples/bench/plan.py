@@ -24,11 +24,13 @@ from scipy.stats import spearmanr
 from aqnfx.diagnosis.prepare import Prepared
 from aqnfx.graph.assignments import Assignment
 from aqnfx.numerics.stats import paired_difference
+from aqnfx.planning.checks import check_options
+from aqnfx.planning.choose import Scored, choose
 from aqnfx.planning.evaluate import Measured, measure_plans
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.options import PlanOptions
-from aqnfx.planning.planner import Scored, batches_of, choose, prepare_plan, score_options
+from aqnfx.planning.planner import batches_of, prepare_plan, score_options
 from aqnfx.planning.problem import Problem, limits, make_problem
 from aqnfx.probes.data import Batch
 
@@ -102,6 +104,9 @@ def costs(ready: Prepared, setting: Setting) -> dict[str, Any]:
         problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
         started = time.perf_counter()
         scored = score_options(ready.program, problem, batches, options)
+        # Spot checks say how far the standard errors reach; the costs that are judged are the predictions.
+        checked = check_options(ready.program, scored, batches, options)
+        scored = dataclasses.replace(scored, costs=dataclasses.replace(scored.costs, truncation=checked.costs.truncation))
         between = time.perf_counter()
         for (module, text), kl in measured_costs(ready, problem, batches, setting.every).items():
             row = scored.costs.index[module, text]
@@ -167,10 +172,12 @@ def compared(
     batches: list[Batch],
 ) -> dict[str, Any]:  # fmt: skip
     problem, budgets = scored.problem, limits(scored.problem, options)
+    unchecked, _ = choose(scored, options)
+    scored = check_options(ready.program, scored, batches, options)
     additive, _ = choose(scored, dataclasses.replace(options, refine=False))
     picked, refined = choose(scored, options)
     values = [np.array([brute[problem.parts[g.members[0]].module, c.text] for c in g.choices]) for g in problem.groups]
-    choices = {"ours": picked, "additive": additive, "brute force": solve(values, budgets)}
+    choices = {"ours": picked, "unchecked": unchecked, "additive": additive, "brute force": solve(values, budgets)}
     held = batches_of(ready, options, len(ready.encoded) - setting.held, len(ready.encoded))
     measured = measure_plans(ready.program, held, {name: problem.assignments(c) for name, c in choices.items()})
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]

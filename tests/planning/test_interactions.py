@@ -11,11 +11,12 @@ from aqnfx.planning.interactions import kl_difference_error, plan_kl, refine
 TOKENS = np.full(16, 50.0)
 
 
-def made(columns) -> Costs:
+def made(columns, excess=(0.0, 0.0)) -> Costs:
     kl = mean_square(columns, int(TOKENS.sum()))
     return Costs(
         index={(f"m{i}", "x"): i for i in range(len(columns))}, columns=columns, per_sample=TOKENS, kl=kl,
-        se=draw_error(columns, int(TOKENS.sum())), unbiased=kl, elementwise=kl, spread=0.1, truncation=0.0,
+        noise=draw_error(columns, int(TOKENS.sum())), unbiased=kl, elementwise=kl, spread=0.1, truncation=0.0,
+        measured=np.zeros(len(columns), dtype=bool), excess=excess,
     )  # fmt: skip
 
 
@@ -27,6 +28,17 @@ def test_errors_that_cancel_and_errors_that_add() -> None:
     assert plan_kl(costs, [0, 1]).kl < 0.1 * one
     assert plan_kl(costs, [0, 2]).kl == pytest.approx(4.0 * one, rel=0.03)
     assert plan_kl(costs, [0, 2]).additive == pytest.approx(2.0 * one)
+
+
+def test_a_plan_costs_more_than_its_second_order_and_a_part_does_not() -> None:
+    columns = 3.0 * np.random.default_rng(5).normal(size=(6, 8, 16))
+    plain, more = made(columns), made(columns, excess=(2.0, 0.5))
+    assert plan_kl(more, [0]) == plan_kl(plain, [0])
+    whole, bent = plan_kl(plain, range(6)), plan_kl(more, range(6))
+    assert whole.kl == whole.second_order == bent.second_order
+    assert bent.pairs == pytest.approx(whole.kl**2 - np.square(plain.kl).sum())
+    assert bent.kl == pytest.approx(whole.kl + 2.0 * bent.pairs)
+    assert bent.se_here > np.hypot(whole.se_here, 0.5 * bent.pairs)
 
 
 def test_interactions_that_are_noise_are_hardly_believed() -> None:

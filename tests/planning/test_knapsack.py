@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqnfx.errors import InputError
-from aqnfx.planning.knapsack import Limit, least_weight, solve
+from aqnfx.planning.knapsack import Limit, least_weight, prices, solve
 
 
 def total(tables, chosen) -> float:
@@ -102,3 +102,21 @@ def test_the_smallest_size_that_keeps_a_kl() -> None:
     assert least_weight(weights, values, 0.1) == (2, 2)
     with pytest.raises(InputError, match=r"max_kl 0\.05 cannot be kept: the least feasible is 0\.1"):
         least_weight(weights, values, 0.05)
+
+
+def test_prices_are_what_one_more_unit_saves() -> None:
+    values = [np.array([3.0, 1.0]), np.array([10.0, 2.0]), np.array([1.0, 0.5])]
+    weights = tuple(np.array([4.0, 8.0]) for _ in values)
+
+    def limit(budget: float) -> Limit:
+        return Limit(name="size", weights=weights, budget=budget)
+
+    # 16 units upgrade the second part, and one more goes into the first: 2 of KL for 4 units.
+    assert prices(values, [limit(17.0)]) == pytest.approx((0.5,))
+    assert prices(values, [limit(13.0)]) == pytest.approx((2.0,))
+    assert prices(values, [limit(24.0)]) == pytest.approx((0.0,), abs=1e-9)
+    assert prices(values, []) == ()
+    free = Limit(name="other", weights=tuple(np.zeros(2) for _ in values), budget=1.0)
+    assert prices(values, [limit(17.0), free]) == pytest.approx((0.5, 0.0))
+    with pytest.raises(InputError, match="no choice keeps all of size"):
+        prices(values, [limit(11.0)])

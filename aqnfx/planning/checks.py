@@ -1,0 +1,164 @@
+"""Spot checks: the single choices that decide a plan, and whole plans, run on the samples that were scored.
+
+A run of the model costs as much as a projection draw, and says exactly what a draw says with noise; but it says so of one option
+only. So the few runs go where they decide something: to options whose cost is uncertain by as much as separates them from the
+runner-up at the going price of a bit. What was measured takes the place of the prediction. Plans whose parts all have the same
+format say how much more a plan costs than its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from aqnfx.graph.assignments import Assignment
+from aqnfx.graph.program import Program
+from aqnfx.planning.choose import Scored, choose, flat, group_values
+from aqnfx.planning.costs import Costs, excess_from, truncation_from
+from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.interactions import plan_kl
+from aqnfx.planning.knapsack import Limit, prices
+from aqnfx.planning.options import PlanOptions
+from aqnfx.planning.problem import limits
+from aqnfx.probes.data import Batch
+
+Array = NDArray[np.float64]
+
+ROUNDS, PER_ROUND = 2, 4
+"""Single choices are measured in rounds: what the first found moves the price, and with it what is in question."""
+WHOLE_PLANS = 3
+_CHECKED_KL = 0.3  # nats; options beyond it are no guide to a plan
+_TRUSTED_KL = 1.0  # nats; beyond it second order means nothing, and nobody wants the plan
+
+
+def check_options(program: Program, scored: Scored, batches: Sequence[Batch], options: PlanOptions) -> Scored:
+    """Return ``scored`` with the choices that decide the plan of ``options`` measured on ``batches``, and whole plans.
+
+    ``batches`` are those that were scored. Raises :class:`~aqnfx.errors.InputError` for a budget that nothing keeps.
+    """
+    first = scored.costs
+    whole = _whole_plans(scored)
+    wholes: dict[str, float] = {}
+    for number in range(ROUNDS):
+        rows = deciding(scored, options, PER_ROUND)
+        plans = {f"{row}": _alone(scored, row) for row in rows}
+        if number == 0:
+            plans |= {name: scored.problem.assignments(chosen) for name, chosen in whole.items()}
+        if not plans:
+            break
+        found = {name: value.kl for name, value in measure_plans(program, batches, plans).items()}
+        wholes |= {name: found[name] for name in whole if name in found}
+        scored = dataclasses.replace(scored, costs=_with(scored.costs, {row: found[f"{row}"] for row in rows}))
+    rows = list(np.flatnonzero(scored.costs.measured))
+    truncation = truncation_from(first.kl[rows], first.noise[rows], scored.costs.kl[rows])
+    made = dataclasses.replace(scored.costs, truncation=truncation)
+    table = scored.problem.rows(made.index)
+    second = {name: plan_kl(made, flat(table, whole[name])) for name in wholes}
+    seen = list(second.values())
+    excess = excess_from(
+        np.array([p.second_order for p in seen]), np.array([p.second_order_se for p in seen]),
+        np.array([p.pairs for p in seen]), np.array(list(wholes.values())),
+    )  # fmt: skip
+    made = dataclasses.replace(made, excess=excess)
+    se = np.hypot(first.noise, truncation * first.kl**1.5)
+    names = {row: key for key, row in made.index.items()}
+    singles = tuple(
+        {
+            "module": names[row][0], "choice": names[row][1], "predicted": float(first.kl[row]), "se": float(se[row]),
+            "measured": float(made.kl[row]),
+        }
+        for row in rows
+    )  # fmt: skip
+    plans_of = tuple(
+        {"plan": name, "second_order": second[name].second_order, "se": second[name].second_order_se, "measured": kl}
+        for name, kl in wholes.items()
+    )
+    return dataclasses.replace(scored, costs=made, checks=singles, whole_plans=plans_of)
+
+
+def deciding(scored: Scored, options: PlanOptions, count: int) -> list[int]:
+    """Return the rows of up to ``count`` options whose measurement is worth most to the plan, none measured before.
+
+    At the prices of the budgets the gap between an option and the plan's own is d with standard error s; knowing it saves
+    s·φ(|d|/s) − |d|·Φ(−|d|/s) in the mean (the expected value of information). Where no gap is in question, the options of
+    the plan that are known least follow.
+    """
+    found, problem = scored.costs, scored.problem
+    picked, _ = choose(scored, dataclasses.replace(options, refine=False))
+    table, worth = problem.rows(found.index), dict[int, float]()
+    totals, se = priced(scored, options, picked), found.se
+    for group, total, mine in zip(table, totals, picked, strict=True):
+        for option, rows in enumerate(group):
+            both = [*rows, *group[mine]]
+            s = float(np.sqrt(np.square(se[both]).sum()))
+            if option == mine or s == 0.0:
+                continue
+            gap = abs(float(total[option] - total[mine]))
+            gain = s * float(norm.pdf(gap / s)) - gap * float(norm.sf(gap / s))
+            row = max(both, key=lambda r: se[r])
+            worth[row] = max(worth.get(row, 0.0), gain)
+    # A thousandth of the plan's cost, shared among what may be measured, is not worth a run for the choice alone.
+    own = flat(table, picked)
+    least = 1e-3 * float(found.kl[own].sum()) / (ROUNDS * PER_ROUND)
+    telling = sorted((row for row, gain in worth.items() if gain > least), key=lambda row: -worth[row])
+    rest = sorted((row for row in own if se[row] > 0.0), key=lambda row: -se[row])
+    order = [row for row in dict.fromkeys((*telling, *rest)) if 0.0 < found.kl[row] < _CHECKED_KL]
+    return order[:count]
+
+
+def priced(scored: Scored, options: PlanOptions, picked: Sequence[int]) -> list[Array]:
+    """Return, per group, the KL of each option plus what it takes of the budgets at their prices."""
+    problem = scored.problem
+    values = [group_values(scored.costs, group) for group in problem.rows(scored.costs.index)]
+    budgets = limits(problem, options)
+    if options.max_kl is not None:  # the budget that the plan has come to
+        sizes = problem.bits(scales=options.count_scales)
+        spent = sum(float(w[o]) for w, o in zip(sizes, picked, strict=True))
+        budgets = [*budgets, Limit(name="size", weights=sizes, budget=spent)]
+    worth = prices(values, budgets)
+    return [
+        value + sum(price * limit.weights[group] for price, limit in zip(worth, budgets, strict=True))
+        for group, value in enumerate(values)
+    ]
+
+
+def _whole_plans(scored: Scored) -> dict[str, tuple[int, ...]]:
+    """Return up to three plans of one format throughout: of those below a nat, the ones of largest KL, which say most."""
+    problem, table = scored.problem, scored.problem.rows(scored.costs.index)
+    sizes = [
+        weights + caches
+        for weights, caches in zip(problem.bits(scales=True), problem.bits(scales=True, cache=True), strict=True)
+    ]
+    order = [np.argsort(size, kind="stable") for size in sizes]
+    found: dict[tuple[int, ...], float] = {}
+    for rank in range(max(len(o) for o in order)):
+        chosen = tuple(int(o[min(rank, len(o) - 1)]) for o in order)
+        kl = plan_kl(scored.costs, flat(table, chosen)).second_order
+        if 0.0 < kl < _TRUSTED_KL:
+            found.setdefault(chosen, kl)
+    largest = sorted(found, key=lambda chosen: -found[chosen])[:WHOLE_PLANS]
+    return {_called(scored, chosen, number): chosen for number, chosen in enumerate(largest, start=1)}
+
+
+def _called(scored: Scored, chosen: Sequence[int], number: int) -> str:
+    named = {choice.text for part, choice in scored.problem.choices(chosen) if not part.cache}
+    return f"all in {named.pop()}" if len(named) == 1 else f"each in its size {number}"
+
+
+def _alone(scored: Scored, row: int) -> dict[str, Assignment]:
+    module, text = next(key for key, found in scored.costs.index.items() if found == row)
+    part = next(part for part in scored.problem.parts if part.module == module)
+    choice = next(choice for choice in scored.problem.options[module] if choice.text == text)
+    return {module: choice.assignment(part)}
+
+
+def _with(costs: Costs, found: dict[int, float]) -> Costs:
+    """Return the costs with the KL of rows as it was measured."""
+    kl, measured = costs.kl.copy(), costs.measured.copy()
+    for row, value in found.items():
+        kl[row], measured[row] = value, True
+    return dataclasses.replace(costs, kl=kl, measured=measured)

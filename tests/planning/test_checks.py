@@ -1,0 +1,141 @@
+"""Spot checks: runs go to the choices that decide, their measurement takes the prediction's place, whole plans say the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aqnfx.graph.sites import Role
+from aqnfx.planning.checks import PER_ROUND, ROUNDS, check_options, deciding, priced
+from aqnfx.planning.choose import Scored, choose, flat
+from aqnfx.planning.costs import Costs
+from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.interactions import plan_kl
+from aqnfx.planning.menu import Part, parse_menu
+from aqnfx.planning.options import PlanOptions
+from aqnfx.planning.planner import batches_of, prepare_plan, score_options
+from aqnfx.planning.problem import Group, Problem, make_problem
+from tests.cli.tiny import TEXT, save_model
+
+MENU = parse_menu("int4:g32,int8:g32")
+TOKENS = np.full(8, 20.0)
+
+
+def made(kl, noise) -> Scored:
+    """Return a problem of one part per row of ``kl`` (parts, 2), alike in size, with sketches that say nothing."""
+    parts = tuple(
+        Part(
+            module=f"m{i}", layer=i, stack="layers", sites=((Role.WEIGHT, f"m{i}:linear:0:weight"),), shape=(32, 32), summed=1,
+            channel_dim=0, native=32,
+        )
+        for i in range(len(kl))
+    )  # fmt: skip
+    keys = [(part.module, choice.text) for part in parts for choice in MENU]
+    flat_kl = np.asarray(kl, dtype=np.float64).reshape(-1)
+    found = Costs(
+        index={key: row for row, key in enumerate(keys)}, columns=np.zeros((len(keys), 4, 8)), per_sample=TOKENS, kl=flat_kl,
+        noise=np.asarray(noise, dtype=np.float64).reshape(-1), unbiased=flat_kl, elementwise=flat_kl, spread=0.1,
+        measured=np.zeros(len(keys), dtype=bool), truncation=0.0, excess=(0.0, 0.0),
+    )  # fmt: skip
+    problem = Problem(
+        parts=parts, options={part.module: MENU for part in parts},
+        groups=tuple(Group(members=(i,), choices=MENU) for i in range(len(parts))),
+    )  # fmt: skip
+    return Scored(problem=problem, costs=found, facts={})
+
+
+def test_runs_go_to_the_options_that_separate_choices() -> None:
+    """Of six parts two are certain to be worth 8 bits, two are not, and two are close to the price with large errors."""
+    coarse = np.array([0.5, 0.4, 0.105, 0.1, 0.01, 0.005])
+    scored = made(np.stack([coarse, 0.001 * coarse], axis=1), np.stack([0.1 * coarse, 1e-5 * coarse], axis=1))
+    options = PlanOptions(avg_bits=6.5)
+    picked, _ = choose(scored, options)
+    assert picked == (1, 1, 1, 0, 0, 0)
+    assert set(deciding(scored, options, 2)) == {scored.costs.index["m2", "int4:g32"], scored.costs.index["m3", "int4:g32"]}
+    totals = priced(scored, options, picked)
+    gaps = [float(total[1] - total[0]) for total in totals]
+    assert gaps[0] < gaps[1] < gaps[2] <= 1e-9 <= gaps[4] < gaps[5]
+    known = dataclasses.replace(scored.costs, measured=np.ones(12, dtype=bool))
+    assert deciding(dataclasses.replace(scored, costs=known), options, 4) == []
+
+
+def test_without_a_question_the_least_known_parts_of_the_plan_are_measured() -> None:
+    coarse = np.array([0.2, 0.2, 0.2, 1e-4, 2e-4])
+    noise = np.stack([[0.001, 0.002, 0.003, 1e-6, 2e-6], np.full(5, 1e-12)], axis=1)
+    scored = made(np.stack([coarse, 1e-9 * coarse], axis=1), noise)
+    options = PlanOptions(avg_bits=4.5 + 3 * 0.8)  # three of five parts in 8 bits
+    assert choose(scored, options)[0] == (1, 1, 1, 0, 0)
+    assert deciding(scored, options, 2) == [scored.costs.index["m4", "int4:g32"], scored.costs.index["m3", "int4:g32"]]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory):
+    directory = save_model(tmp_path_factory.mktemp("model"))
+    options = PlanOptions(samples=4, eval_samples=3, draws=2, max_length=24, batch_size=2, pack=False, avg_bits=6.0)
+    ready = prepare_plan(str(directory), [line * 2 for line in TEXT * 2], options, None, lambda _: None)
+    batches = batches_of(ready, options, 0, 4)
+    problem = make_problem(ready.program, options)
+    return ready, batches, options, score_options(ready.program, problem, batches, options)
+
+
+def test_what_was_measured_takes_the_place_of_the_prediction(scored) -> None:
+    ready, batches, options, before = scored
+    after = check_options(ready.program, before, batches, options)
+    rows = np.flatnonzero(after.costs.measured)
+    assert len(rows) == len(after.checks) == ROUNDS * PER_ROUND
+    names = {row: key for key, row in after.costs.index.items()}
+    parts = {part.module: part for part in before.problem.parts}
+    for row, check in zip(rows, after.checks, strict=True):
+        module, text = names[row]
+        assert (check["module"], check["choice"]) == (module, text)
+        choice = next(choice for choice in before.problem.options[module] if choice.text == text)
+        alone = {module: choice.assignment(parts[module])}
+        assert after.costs.kl[row] == measure_plans(ready.program, batches, {"x": alone})["x"].kl == check["measured"]
+        assert after.costs.se[row] == 0.0
+        assert check["predicted"] == before.costs.kl[row] != after.costs.kl[row]
+    others = np.flatnonzero(~after.costs.measured)
+    assert np.array_equal(after.costs.kl[others], before.costs.kl[others])
+    assert not before.costs.measured.any()
+
+
+def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> None:
+    ready, batches, options, before = scored
+    after = check_options(ready.program, before, batches, options)
+    names = [row["plan"] for row in after.whole_plans]
+    assert names == ["all in int4:g32", "all in int8:g32"]
+    uniform = [0] * len(before.problem.groups)
+    assert after.whole_plans[0]["measured"] == pytest.approx(
+        measure_plans(ready.program, batches, {"x": before.problem.assignments(uniform)})["x"].kl
+    )
+    rows = flat(before.problem.rows(before.costs.index), uniform)
+    assert after.whole_plans[0]["second_order"] == pytest.approx(plan_kl(after.costs, rows).second_order)
+    # Told that the same plan costs three times as much, the prediction follows.
+    off = {name: 3.0 * row["measured"] for name, row in zip(names, after.whole_plans, strict=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        real = measure_plans
+
+        def shifted(program, given, plans, **rest):
+            found = real(program, given, plans, **rest)
+            scale = {name: off[name] / value.kl for name, value in found.items() if name in off}
+            return {
+                name: dataclasses.replace(value, scores={"kl": value.scores["kl"] * scale.get(name, 1.0)})
+                for name, value in found.items()
+            }
+
+        patch.setattr("aqnfx.planning.checks.measure_plans", shifted)
+        moved = check_options(ready.program, before, batches, options)
+    assert plan_kl(moved.costs, rows).kl == pytest.approx(off[names[0]], rel=0.3)
+    assert plan_kl(after.costs, rows).kl == pytest.approx(after.whole_plans[0]["measured"], rel=0.3)
+
+
+def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path) -> None:
+    ready, batches, options, before = scored
+    ceiling = dataclasses.replace(options, avg_bits=None, max_kl=float(before.costs.kl.sum()) / 4.0)
+    assert len(check_options(ready.program, before, batches, ceiling).checks) == ROUNDS * PER_ROUND
+    fused = dataclasses.replace(options, couple="fused")
+    problem = make_problem(ready.program, fused)
+    grouped = score_options(ready.program, problem, batches, fused)
+    assert len(check_options(ready.program, grouped, batches, fused).checks) == ROUNDS * PER_ROUND
