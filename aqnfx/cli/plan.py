@@ -19,7 +19,7 @@ def command(
         "threshold fp16,int8,int4:g32)."
     ),
     rule: str = typer.Option("optimal", help="optimal: the least KL under a budget; threshold: by the degradation in --map."),
-    map: Path = typer.Option(None, "--map", help="sensitivity_map.json, for --rule threshold and --migration."),
+    map: Path = typer.Option(None, "--map", help="sensitivity_map.json: of --rule threshold, --migration; else for reasons."),
     thresholds: str = typer.Option("0.15,0.05", help="Of --rule threshold: degradations for the first and the second format."),
     migration: bool = typer.Option(False, "--migration", help="No formats: list from --map what to validate first."),
     divergences: Path = typer.Option(None, help="JSON of relative errors seen elsewhere, for --migration."),
@@ -100,7 +100,7 @@ def command(
         options["latency_table"] = parse_latency(read_json(latency_table), str(latency_table))
     PlanOptions(**options)  # before anything is loaded
     smap = load_map(map) if map is not None else None
-    if smap is not None:
+    if smap is not None and rule == "threshold":
         options |= {"formats": _words(formats) or FORMATS}
         del options["rule"]  # is what is called
     keep_freed_memory()
@@ -118,7 +118,10 @@ def command(
             "progress": lambda done, total: bar.update(shown, completed=done, total=total),
         }
         try:
-            found = plan(model, data, **options) if smap is None else threshold_plan(model, smap, data, **options)
+            if smap is not None and rule == "threshold":
+                found = threshold_plan(model, smap, data, **options)
+            else:
+                found = plan(model, data, smap=smap, **options)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; a plan is written as a whole, so there is nothing to resume") from error
     paths = save_plan(found, out) if out is not None else {}
@@ -150,13 +153,11 @@ def _check_together(
     if map is None and (migration or rule == "threshold"):
         what = "--migration" if migration else "--rule threshold"
         raise InputError(f"{what} needs --map sensitivity_map.json; aqnfx diagnose MODEL --data FILE makes one")
-    if map is not None and not migration and rule == "optimal":
-        raise InputError("--map is for --rule threshold and --migration; a plan under a budget measures for itself")
     if rule not in RULES:
         raise InputError(f"rule {rule!r} is not one of {', '.join(RULES)}{nearest(rule, RULES)}")
     if "thresholds" in given and rule != "threshold":
         raise InputError("--thresholds is for --rule threshold")
-    if data is None and map is None:
+    if data is None and (map is None or rule == "optimal") and not migration:
         raise InputError("a plan under a budget needs --data FILE")
     if data is not None and not data.exists():
         raise InputError(f"data file {data} does not exist")

@@ -68,8 +68,8 @@ class Evidence:
     channels: dict[str, _Channels]
 
     @classmethod
-    def of(cls, smap: SensitivityMap, program: Program, structure: Structure) -> Evidence:
-        """Read the evidence; raises :class:`ArtifactError` for statistics of the wrong kind."""
+    def of(cls, smap: SensitivityMap | None, program: Program, structure: Structure) -> Evidence:
+        """Read the evidence, without a map that of the graph alone; :class:`ArtifactError` for statistics of the wrong kind."""
         before: dict[str, list[str]] = {}
         after: dict[str, list[str]] = {}
         for source, reader in structure.edges:
@@ -82,14 +82,18 @@ class Evidence:
                 feeder = outputs.get(origin(place.value))
                 feeds[site] = () if feeder is None else (feeder,)
         return cls(
-            structure=structure, scales=_softmax_scales(program, after), error=smap.base_level * _unit_error(smap),
+            structure=structure, scales=_softmax_scales(program, after),
+            error=0.0 if smap is None else smap.base_level * _unit_error(smap),
             feeds=feeds, readers={site: tuple(sites) for site, sites in after.items()},
             activations={
                 entry["id"]: _read(_Activations, entry["activations"], f"activations of {entry['id']!r}")
-                for entry in smap.per_site
+                for entry in (() if smap is None else smap.per_site)
                 if entry.get("activations")
             },
-            channels={site: _read(_Channels, found, f"channels of {site!r}") for site, found in smap.channels.items()},
+            channels={
+                site: _read(_Channels, found, f"channels of {site!r}")
+                for site, found in ({} if smap is None else smap.channels).items()
+            },
         )  # fmt: skip
 
 

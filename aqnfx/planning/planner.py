@@ -15,7 +15,7 @@ from torch import nn
 import aqnfx
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Data, Prepared, prepare
-from aqnfx.diagnosis.sensitivity import jsonable
+from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
@@ -27,6 +27,7 @@ from aqnfx.planning.evaluate import measure_plans
 from aqnfx.planning.interactions import Refined, kl_difference_error, plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.options import PlanOptions
+from aqnfx.planning.placement import placements
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import PRODUCTS, Problem, limits, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
@@ -36,13 +37,14 @@ from aqnfx.probes.predict import predict
 
 
 def plan(
-    model: nn.Module | Program | str | Path, data: Data, *, tokenizer: Any = None, progress: Progress | None = None,
-    status: Callable[[str], None] | None = None, **options: Any,
+    model: nn.Module | Program | str | Path, data: Data, *, tokenizer: Any = None, smap: SensitivityMap | None = None,
+    progress: Progress | None = None, status: Callable[[str], None] | None = None, **options: Any,
 ) -> PrecisionPlan:  # fmt: skip
     """Choose the format of every linear layer of a language model under a budget, and measure the plan.
 
     ``model`` is what :func:`aqnfx.trace` takes, ``data`` a file, or texts or records; the first ``samples`` choose, the next
-    ``eval_samples`` judge. ``options`` are the fields of :class:`~aqnfx.planning.options.PlanOptions`. KL is in nats per token.
+    ``eval_samples`` judge. ``smap``, a sensitivity map of the model, chooses nothing: the reasons that the plan names come from
+    its statistics. ``options`` are the fields of :class:`~aqnfx.planning.options.PlanOptions`. KL is in nats per token.
     ``progress(done, total)`` and ``status(text)`` are called as the work goes on. Raises subclasses of
     :class:`~aqnfx.errors.AqnfxError` for bad input and for budgets that nothing can keep.
     """
@@ -56,11 +58,14 @@ def plan(
     count = min(wanted.samples, len(ready.encoded))
     chosen, held = batches_of(ready, wanted, 0, count), batches_of(ready, wanted, count, len(ready.encoded))
     tell("scoring formats")
+    placed = placements(ready.program, problem, smap)  # before the passes: a map of another model is refused here
     scored = score_options(ready.program, problem, chosen, wanted, progress)
     tell("spot checks and choosing")
     scored = check_options(ready.program, scored, chosen, wanted)
     picked, refined = choose(scored, wanted)
     made = _record(scored, picked, refined, wanted)
+    for module, place in placed.items():
+        made["modules"][module]["structure"] = place
     made["predicted"]["measured_here"] = measure_plans(
         ready.program, chosen, {"plan": problem.assignments(picked)}
     )["plan"].kl
@@ -161,10 +166,14 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
     used = {limit.name: limit.used(picked) for limit in limits(problem, options)}
     modules = {}
     for part, choice in problem.choices(picked):
-        costs_of = {c.text: (part.bits(c), *found.of(part.module, c)) for c in problem.options[part.module]}
+        rows = {c.text: found.index[part.module, c.text] for c in problem.options[part.module]}
         modules[part.module] = {
             "parameters": part.elements, "chosen": choice.text,
-            "options": {text: {"bits": bits, "kl": kl, "se": se} for text, (bits, kl, se) in costs_of.items()},
+            "options": {
+                c.text: {"bits": part.bits(c), "kl": float(found.kl[row]), "se": float(found.se[row])}
+                | ({"measured": True} if found.measured[row] else {})
+                for c, row in ((c, rows[c.text]) for c in problem.options[part.module])
+            },
         }  # fmt: skip
     tried = {} if refined is None else {"tried": refined.tried, "taken": refined.taken, "gain": refined.gain}
     value = getattr(options, goal)

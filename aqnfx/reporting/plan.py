@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aqnfx.errors import InputError, printable
+from aqnfx.planning.placement import where
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json, write_text
 from aqnfx.reporting.markdown import table
@@ -54,11 +55,15 @@ def print_plan(plan: PrecisionPlan, console: Console) -> None:
         console.print(grid)
     which = "sensitive" if plan.rule == "threshold" else "expensive"
     grid = Table(box=box.SIMPLE_HEAD, title=f"The {WORST} most {which} modules", title_justify="left")
-    for name in _columns(plan):
+    # Where modules stand is in the report: a terminal has no room for it beside their names.
+    columns = [name for name in _columns(plan) if name not in ("FLOPs", "Where")]
+    for name in columns:
         grid.add_column(name, justify="left" if name in ("Module", "Choice", "From") else "right", overflow="fold")
     for row in expensive(plan, WORST):
-        grid.add_row(*(Text(printable(cell)) for cell in row))
+        grid.add_row(*(Text(printable(cell)) for cell in row[: len(columns)]))
     console.print(grid)
+    for module, _, texts in explained(plan, WORST):
+        console.print(Text(printable(f"{module}: {'; '.join(texts)}.")))
     for line in plan.notes:
         console.print(Text(printable(line)))
 
@@ -93,8 +98,15 @@ def summary(plan: PrecisionPlan) -> list[str]:
     if checks := found.get("spot_checks"):
         ratios = sorted(check["measured"] / check["predicted"] for check in checks if check["predicted"] > 0)
         lines.append(
-            f"Spot checks: {len(ratios)} single choices measured {ratios[0]:.2f} to {ratios[-1]:.2f} of what was predicted."
+            f"Spot checks: {len(ratios)} single choices that decide measured {ratios[0]:.2f} to {ratios[-1]:.2f} of what was"
+            " predicted; the plan is made with what was measured."
         )
+    if wholes := found.get("whole_plans"):
+        said = ", ".join(
+            f"{plan} {nats(measured)} ({measured / second:.2f} of second order)"
+            for plan, measured, second in ((row["plan"], row["measured"], row["second_order"]) for row in wholes)
+        )
+        lines.append(f"Whole plans measured on the samples that chose: {said}; predictions have that excess.")
     if plan.coupling.get("mode") == "fused" and plan.coupling.get("kl_without") is not None:
         gap, error = plan.coupling["difference"], plan.coupling["se"]
         clear = error is not None and abs(gap) > 1.96 * error
@@ -125,16 +137,40 @@ def comparison(plan: PrecisionPlan) -> list[tuple[str, ...]]:
 
 
 def expensive(plan: PrecisionPlan, count: int) -> list[tuple[str, ...]]:
-    """Return the modules whose choice costs most: module, choice, predicted KL alone, standard error.
+    """Return the modules whose choice costs most: module, choice, KL alone, standard error, share of FLOPs, place in the model.
 
     Of a plan by the threshold rule the most sensitive: module, choice, degradation, its interval, where it is known from.
     """
     if plan.rule == "threshold":
         ranked = sorted(plan.modules.items(), key=lambda item: -item[1].get("sensitivity", 0.0))
         return [(module, found["chosen"], *_sensitivity(found)) for module, found in ranked[:count]]
-    rows = [(found["options"][found["chosen"]], module, found["chosen"]) for module, found in plan.modules.items()]
-    rows.sort(key=lambda row: -row[0]["kl"])
-    return [(module, choice, nats(cost["kl"]), nats(cost["se"])) for cost, module, choice in rows[:count]]
+    return [
+        (module, found["chosen"], *_cost(found["options"][found["chosen"]]), *_place(found))
+        for module, found in _dearest(plan)[:count]
+    ]
+
+
+def explained(plan: PrecisionPlan, count: int) -> list[tuple[str, str, list[str]]]:
+    """Return those of the ``count`` most expensive modules that have structural reasons: module, choice, texts."""
+    return [
+        (module, found["chosen"], found["structure"]["reasons"])
+        for module, found in _dearest(plan)[:count] if found.get("structure", {}).get("reasons")
+    ]
+
+
+def _dearest(plan: PrecisionPlan) -> list[tuple[str, dict[str, Any]]]:
+    if plan.rule == "threshold":
+        return []
+    return sorted(plan.modules.items(), key=lambda item: -item[1]["options"][item[1]["chosen"]]["kl"])
+
+
+def _cost(option: dict[str, Any]) -> tuple[str, str]:
+    return nats(option["kl"]), "measured" if option.get("measured") else nats(option["se"])
+
+
+def _place(found: dict[str, Any]) -> tuple[str, str]:
+    place = found.get("structure")
+    return (MISSING, MISSING) if place is None else (percent(place["flops_share"]), where(place))
 
 
 def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
@@ -150,7 +186,10 @@ def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
         lines += ["", "## Best predicted KL by budget", ""]
         lines += [f"![frontier]({picture.name})", ""] if picture is not None else []
         lines += table(("Bits", "Predicted KL", "Standard error"), rows, right=(0, 1, 2))
-    lines += ["", "## Modules", "", *table(_columns(plan), expensive(plan, len(plan.modules)), right=(2, 3))]
+    lines += ["", "## Modules", "", *table(_columns(plan), expensive(plan, len(plan.modules)), right=(2, 3, 4))]
+    if why := explained(plan, WORST):
+        lines += ["", f"## Why the {WORST} most expensive are", ""]
+        lines += [f"- `{md(module)}` in {md(choice)}: {md('; '.join(texts))}." for module, choice, texts in why]
     if plan.notes:
         lines += ["", "## Notes", "", *(f"- {md(note)}" for note in plan.notes)]
     lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": plan.model} | plan.provenance))]
@@ -207,7 +246,7 @@ def _judged(plan: PrecisionPlan) -> str:
 def _columns(plan: PrecisionPlan) -> tuple[str, ...]:
     if plan.rule == "threshold":
         return ("Module", "Choice", "Degradation", "Interval", "From")
-    return ("Module", "Choice", "Predicted KL", "Standard error")
+    return ("Module", "Choice", "KL alone", "Standard error", "FLOPs", "Where")
 
 
 def _sensitivity(found: dict[str, Any]) -> tuple[str, str, str]:

@@ -74,7 +74,7 @@ def test_a_migration_plan(aqnfx: Aqnfx, model: Path, mapped: Path, tmp_path: Pat
         (["--migration"], "--migration needs --map"), (["--rule", "threshold"], "--rule threshold needs --map"),
         (["--rule", "treshold"], "is not one of optimal, threshold; did you mean 'threshold'"),
         (["--avg-bits", "5"], "a plan under a budget needs --data"),
-        (["--avg-bits", "5", "--map", "{map}"], "--map is for --rule threshold and --migration"),
+        (["--avg-bits", "5", "--map", "{map}"], "a plan under a budget needs --data"),
         (["--avg-bits", "5", "--thresholds", "0.2,0.1", "--data", "{data}"], "--thresholds is for --rule threshold"),
         (["--avg-bits", "5", "--divergences", "x.json", "--data", "{data}"], "--divergences is for --migration"),
         (["--rule", "threshold", "--map", "{map}", "--divergences", "x.json"], "--divergences is for --migration"),

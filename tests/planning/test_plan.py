@@ -13,13 +13,15 @@ from scipy.stats import spearmanr
 import aqnfx
 from aqnfx.errors import InputError
 from aqnfx.graph.sites import Role
+from aqnfx.planning.checks import check_options
+from aqnfx.planning.choose import choose
 from aqnfx.planning.costs import costs, mean_square
 from aqnfx.planning.evaluate import measure_plans, stored
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.menu import parse_menu
 from aqnfx.planning.options import PlanOptions
-from aqnfx.planning.planner import batches_of, choose, prepare_plan, score_options
+from aqnfx.planning.planner import batches_of, prepare_plan, score_options
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
 from aqnfx.planning.problem import limits, make_problem
 from aqnfx.probes.forward import eager_forward
@@ -289,8 +291,10 @@ def test_costs_of_real_models(shared_models: Path, name: str) -> None:
     covered = (np.abs(np.log(measured / predicted)) < 1.96 * se / predicted)[measured < 0.3]
     assert covered.mean() >= 0.8
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]
-    whole = plan_kl(scored.costs, rows)
+    checked = check_options(ready.program, scored, batches, options)
+    whole = plan_kl(checked.costs, rows)
     assert abs(whole.kl - found["plan"].kl) < 2.5 * whole.se_here
+    assert abs(whole.kl / found["plan"].kl - 1.0) < 0.15
     values = [np.array([scored.costs.kl[rows[0]] for rows in group]) for group in problem.rows(scored.costs.index)]
     exact = solve(values, limits(problem, options))
     assert sum(a != b for a, b in zip(exact, picked, strict=True)) <= 4
