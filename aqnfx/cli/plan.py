@@ -40,7 +40,7 @@ def command(
     active_experts: bool = typer.Option(False, "--active-experts", help="Count experts by the share that a token uses."),
     pareto: int = typer.Option(0, help="Also the best plans at this many budgets, from the same costs."),
     refine: bool = typer.Option(True, help="Improve on the additive optimum where other draws agree (not with --max-kl)."),
-    draws: int = typer.Option(8, help="Projection draws per sample."),
+    draws: int = typer.Option(4, help="Projection draws per sample."),
     samples: int = typer.Option(32, help="Samples that choose."),
     eval_samples: int = typer.Option(64, help="Other samples that judge the plan; 0: do not measure it."),
     batch_size: int = typer.Option(8, help="Samples per forward pass."),

@@ -9,24 +9,94 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.fx import Node
 
 from aqnfx.errors import ProbeError
 from aqnfx.graph.assignments import Assignment, assigned_sites
+from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
+from aqnfx.graph.sites import Role
+from aqnfx.graph.tags import attribute
+from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch
-from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.forward import Forward, eager_forward
+from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.tasks import Scores, reference, score
 
 Array = NDArray[np.float64]
+_REPLACED = 1 << 26  # values of weights that are replaced for a run: 256 MiB in fp32
+_KEPT = 1 << 28  # bytes of values between blocks that runs start from
 
 
 def stored(program: Program, assignments: Mapping[str, Assignment]) -> Program:
     """Return the program with every assigned operand in its format; the program itself where nothing is assigned."""
-    chosen = assigned_sites(program, assignments)
+    return _with_nodes(program, assigned_sites(program, assignments))
+
+
+def _with_nodes(program: Program, chosen: Mapping[str, Sequence[str]]) -> Program:
     passes = [f'insert-fake-quant{{where="sites:{"|".join(sites)}" format={name}}}' for name, sites in chosen.items()]
     return Pipeline.parse(",".join(passes))(program) if passes else program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Runs:
+    """How plans are run: by weights that are replaced (parameter -> its place and format), or by a graph with nodes."""
+
+    replay: BlockReplay | None
+    weights: Mapping[str, Mapping[str, tuple[Place, str]]]
+    forwards: Mapping[str, Forward]
+    program: Program
+
+    @classmethod
+    def of(cls, program: Program, plans: Mapping[str, Mapping[str, Assignment]]) -> _Runs:
+        """Replace weights where that says all of a plan, and they are 256 MiB at the most: it needs no graph of its own."""
+        free = _private_weights(program)
+        weights, forwards = {}, {}
+        for name, assignments in plans.items():
+            chosen = assigned_sites(program, assignments)
+            sites = [(site, fmt) for fmt, named in chosen.items() for site in named]
+            found = {free[site]: (program.places[site], fmt) for site, fmt in sites if site in free}
+            if len(found) == len(sites) and sum(attribute(program.module, target).numel() for target in found) <= _REPLACED:
+                weights[name] = found
+            else:
+                forwards[name] = eager_forward(_with_nodes(program, chosen))
+        replay = None
+        if weights:
+            blocks = program if program.ran("partition-blocks") else Pipeline.parse("partition-blocks")(program)
+            replay = BlockReplay(blocks, weights=[tuple(found) for found in weights.values()], memory=_KEPT)
+        return cls(replay=replay, weights=weights, forwards=forwards, program=program)
+
+    def clean(self, batch: Batch) -> torch.Tensor:
+        """Run the model as it is; the plans that follow are of this batch."""
+        return eager_forward(self.program)(batch) if self.replay is None else self.replay.clean(batch)
+
+    def stored(self, name: str, batch: Batch) -> torch.Tensor:
+        """Run the model as a plan stores it."""
+        if name in self.forwards:
+            return self.forwards[name](batch)
+        assert self.replay is not None  # made for the plans that are not in forwards
+        return self.replay.replaced({
+            target: quantize(
+                attribute(self.program.module, target).detach(), parse_format(fmt), dim=place.dim,
+                channel_dim=place.channel_dim,
+            )
+            for target, (place, fmt) in self.weights[name].items()
+        })  # fmt: skip
+
+
+def _private_weights(program: Program) -> dict[str, str]:
+    """Return site of a weight -> name of its parameter, for those that nothing but one product reads."""
+    readers: dict[str, set[Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), set()).update(node.users)
+    return {
+        site: str(place.value.target)
+        for site, place in program.places.items()
+        if place.site.role is Role.WEIGHT and place.value.op == "get_attr" and readers[str(place.value.target)] == {place.node}
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,21 +138,21 @@ def measure_plans(
 ) -> dict[str, Measured]:  # fmt: skip
     """Return the scores of the model as each of ``plans`` stores it, by the plan's name.
 
-    Every batch is run clean once and then by every plan, so that what is kept does not grow with the data. ``progress`` is
+    Every batch is run clean once and then by every plan, so that what is kept does not grow with the data; a plan of weights
+    alone is run from the first block that it changes. Results are those of :func:`stored`, bit for bit. ``progress`` is
     told the runs done and their number. Raises :class:`ProbeError` where logits are not finite.
     """
-    forwards = {name: eager_forward(stored(program, assignments)) for name, assignments in plans.items()}
-    clean_forward, total = eager_forward(program), len(batches) * (len(plans) + 1)
+    runs, total = _Runs.of(program, plans), len(batches) * (len(plans) + 1)
     clean: list[Scores] = []
     found: dict[str, list[Scores]] = {name: [] for name in plans}
     done = 0
     with torch.no_grad():
         for batch in batches:
-            known, scores = reference(batch, clean_forward(batch))
+            known, scores = reference(batch, runs.clean(batch))
             clean.append(scores)
             done += 1
-            for name, forward in forwards.items():
-                found[name].append(score(known, forward(batch)))
+            for name in plans:
+                found[name].append(score(known, runs.stored(name, batch)))
                 done += 1
                 if progress is not None:
                     progress(done, total)

@@ -58,7 +58,7 @@ class PlanOptions:
     thresholds: tuple[float, float] = THRESHOLDS
     refine: bool = True
     pareto: int = 0
-    draws: int = 8
+    draws: int = 4
     samples: int = 32
     eval_samples: int = 64
     batch_size: int = 8

@@ -1,16 +1,17 @@
-"""Suffix replay: a run with noise starts at the block of its first noisy site, from what the clean run left there."""
+"""Suffix replay: a run starts at the block of its first noisy site or replaced weight, from what the clean run left there."""
 
 from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from aqnfx.errors import ProbeError
 from aqnfx.graph.blocks import Block, cut, lower, output_names, results
+from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import attribute
 from aqnfx.probes.data import Batch
@@ -52,10 +53,10 @@ class WholeGraph:
 class BlockReplay:
     """Runs a program block by block; blocks before the first noisy one are not run again.
 
-    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy
-    together) begin, in at most ``memory`` bytes: where more would be needed, every second boundary is given up, and
-    runs start earlier. ``offload`` keeps them in the host's memory, page-locked where the values come from CUDA;
-    copies go in the order of the device's work, and nothing waits for them.
+    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy together) and of
+    ``weights`` (sets of parameters that are replaced together) begin, in at most ``memory`` bytes: where more would be needed,
+    every second boundary is given up, and runs start earlier. ``offload`` keeps them in the host's memory, page-locked where
+    the values come from CUDA; copies go in the order of the device's work, and nothing waits for them.
 
     A block has noise nodes at its noisy sites only. ``compiled`` compiles every block that stands in the model more than
     once (all of them where none does) without noise, and with noise inlined at the set of sites that most of ``starts``
@@ -67,13 +68,14 @@ class BlockReplay:
     """
 
     def __init__(
-        self, program: Program, *, starts: Iterable[Sequence[str]] = (), memory: int | None = None, offload: bool = False,
-        compiled: bool = False,
+        self, program: Program, *, starts: Iterable[Sequence[str]] = (), weights: Iterable[Sequence[str]] = (),
+        memory: int | None = None, offload: bool = False, compiled: bool = False,
     ) -> None:  # fmt: skip
         check_inputs(program)
         self._program, self._memory, self._offload = program, memory, offload
         # The same values cross with and without noise, under the same names.
-        self._clean, self._noisy = cut(program, noise=False), cut(program)
+        self._clean = cut(program, noise=False)
+        self._noisy = cut(program) if NoiseControls.of(program.module).sites else self._clean
         self._home = {site: place for place, block in enumerate(self._noisy) for site in block.noisy}
         self._last = {name: place for place, block in enumerate(self._noisy) for name in block.inputs}
         self._last |= dict.fromkeys(output_names(program), len(self._noisy))
@@ -81,7 +83,7 @@ class BlockReplay:
             name: attribute(program.module, name).detach() for block in self._noisy for name in block.attributes
         }
         asked = [tuple(sites) for sites in starts]
-        self._starts = sorted({self.first(sites) for sites in asked} - {0})
+        self._starts = sorted({*map(self.first, asked), *map(self.first_reading, weights)} - {0})
         self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
         counts = collections.Counter(block.fingerprint for block in self._clean)
         repeated = {fingerprint for fingerprint, count in counts.items() if count > 1}
@@ -109,6 +111,11 @@ class BlockReplay:
         if unknown:
             raise ProbeError(f"{len(unknown)} sites have no noise node, first {unknown[0]}; insert noise there first")
         return min((self._home[site] for site in sites), default=0)
+
+    def first_reading(self, names: Iterable[str]) -> int:
+        """Return the place of the first block that reads one of the parameters ``names``."""
+        wanted = set(names)
+        return next((place for place, block in enumerate(self._clean) if wanted & set(block.attributes)), 0)
 
     def clean(self, batch: Batch) -> torch.Tensor:
         """Run the batch without noise nodes, and keep what later runs start from."""
@@ -139,12 +146,25 @@ class BlockReplay:
         active: dict[int, list[str]] = {}
         for site in sites:
             active.setdefault(self._home[site], []).append(site)
-        start = max(place for place in self._kept if place <= first)
-        values = self._back(self._kept[start]) if self._offload and start else dict(self._kept[start])
+        start, values = self._from(first)
         for place in range(start, len(self._clean)):
             block = self._with_noise(place, active[place]) if place in active else self._clean[place]
             self._step(block, place, values)
         return self._logits(values)
+
+    def replaced(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the current batch without noise and with ``weights`` in place of the parameters of these names."""
+        if not self._kept:
+            raise ProbeError("the clean run of a batch comes first")
+        start, values = self._from(self.first_reading(weights))
+        for place in range(start, len(self._clean)):
+            self._step(self._clean[place], place, values, weights)
+        return self._logits(values)
+
+    def _from(self, first: int) -> tuple[int, Values]:
+        """Return the last kept boundary at or before the block ``first``, and what crosses it."""
+        start = max(place for place in self._kept if place <= first)
+        return start, self._back(self._kept[start]) if self._offload and start else dict(self._kept[start])
 
     def _away(self, values: Values, copies: Values) -> Values:
         """Return the values with tensors copied to the host; ``copies`` holds those of earlier boundaries, and the inputs."""
@@ -184,8 +204,11 @@ class BlockReplay:
                 counts.setdefault(self._clean[home].fingerprint, collections.Counter())[tuple(sorted(found))] += 1
         return {fingerprint: counter.most_common(1)[0][0] for fingerprint, counter in counts.items()}
 
-    def _step(self, block: Block, place: int, values: Values) -> None:
-        arguments = [values[name] for name in block.inputs] + [self._weights[name] for name in block.attributes]
+    def _step(
+        self, block: Block, place: int, values: Values, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        known = self._weights if weights is None else collections.ChainMap(dict(weights), self._weights)
+        arguments = [values[name] for name in block.inputs] + [known[name] for name in block.attributes]
         values.update(zip(block.outputs, self._call(block)(*arguments), strict=True))
         for name in [n for n in values if self._last.get(n, -1) <= place]:
             del values[name]

@@ -1,9 +1,11 @@
-"""Plans: predicted against measured costs, and measured KL of plans against those from brute-force measured costs.
+"""Plans: predicted against measured costs, and measured KL of plans against those of brute force and of other tools.
 
-    python examples/bench/plan.py MODEL [MODEL ...] --data FILE [--parts costs,plans] [--menu NAME] [--quick] [--out FILE]
+    python examples/bench/plan.py MODEL [MODEL ...] --data FILE [--parts costs,plans] [--menu NAME] [--rivals PYTHON]
+                                  [--quick] [--out FILE]
 
 MODEL is a Hugging Face directory. "Brute force" measures every option by itself on the samples that choose, and solves the same
-knapsack; every plan is measured on other samples. The file grows model by model: runs add up.
+knapsack; every plan is measured on other samples, all by one evaluator. PYTHON is the interpreter of an environment that has
+other tools (see rivals.py): they choose from the same samples in the same run. The file grows model by model: runs add up.
 """
 
 from __future__ import annotations
@@ -11,7 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import subprocess
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,7 @@ from aqnfx.planning.choose import Scored, choose
 from aqnfx.planning.evaluate import Measured, measure_plans
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
+from aqnfx.planning.menu import Choice, parse_choice
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.planner import batches_of, prepare_plan, score_options
 from aqnfx.planning.problem import Problem, limits, make_problem
@@ -39,26 +46,35 @@ WIDTHS = "int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32"
 MENUS = {
     "int4, int8": ("int4:g32,int8:g32", (5.0, 6.0)),
     "int2 to bf16": ("int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32,bf16", (5.0, 6.0)),
-    "mxfp4, mxfp8, weights and inputs": ("mxfp4/mxfp4,mxfp8_e4m3/mxfp8_e4m3", (5.25, 6.25)),
+    "mxfp4, mxfp8, weights and inputs": ("mxfp4/mxfp4,mxfp8_e4m3/mxfp8_e4m3", (5.0, 6.0)),
 }
-"""Menus and budgets in bits per weight without scales (with them for mx formats)."""
+"""Menus and budgets in bits per weight without scales."""
+BODY = ("model.*",)
+"""What plans are of: the output layer shares its weight with the embedding, and the other tools leave it out by default."""
+TOOLS = ("modelopt", "modelopt-ungrouped", "autoround", "nncf")
 COVERED_BELOW = 0.3  # nats: beyond, second order is not claimed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Samples that choose and that judge, their length, and the seeds: each takes other samples and other draws."""
+    """Samples that choose and that judge, their length, and the seeds: each takes other samples and other draws.
+
+    ``cost_draws`` are those of the part on costs; plans take the default, ``draws``. ``timed``: seeds whose choice is run once
+    more in a process of its own, for time and memory.
+    """
 
     samples: int = 32
     held: int = 128
     length: int = 160
-    draws: int = 8
+    draws: int = PlanOptions(avg_bits=16.0).draws
+    cost_draws: int = 16
+    timed: tuple[int, ...] = (0, 1, 2)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     menus: tuple[str, ...] = tuple(MENUS)
     every: int = 1
 
 
-QUICK = Setting(samples=4, held=4, length=32, draws=2, seeds=(0,), menus=("int4, int8",), every=12)
+QUICK = Setting(samples=4, held=4, length=32, draws=2, cost_draws=2, timed=(0,), seeds=(0,), menus=("int4, int8",), every=12)
 
 
 def made_ready(model: str, data: Path, setting: Setting) -> Prepared:
@@ -74,9 +90,12 @@ def chosen_by(ready: Prepared, seed: int, setting: Setting, options: PlanOptions
     return batches_of(ready, options, first, first + setting.samples)
 
 
-def options_for(formats: str, setting: Setting, *, seed: int = 0, bits: float = 16.0, scales: bool = False) -> PlanOptions:
+def options_for(
+    formats: str, setting: Setting, *, seed: int = 0, bits: float = 16.0, modules: tuple[str, ...] = ()
+) -> PlanOptions:
     return PlanOptions(
-        formats=formats, avg_bits=bits, count_scales=scales, partial="pad", draws=setting.draws, batch_size=16, seed=seed
+        formats=formats, avg_bits=bits, count_scales=False, partial="pad", draws=setting.draws, batch_size=8, seed=seed,
+        modules=modules,
     )
 
 
@@ -100,7 +119,7 @@ def costs(ready: Prepared, setting: Setting) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     seconds = {"predict": 0.0, "measure": 0.0}
     for seed in setting.seeds[:2]:
-        options = options_for(WIDTHS, setting, seed=seed)
+        options = options_for(WIDTHS, dataclasses.replace(setting, draws=setting.cost_draws), seed=seed)
         problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
         started = time.perf_counter()
         scored = score_options(ready.program, problem, batches, options)
@@ -143,33 +162,83 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**of(rows), "formats": {name: of([row for row in rows if row["format"] == name]) for name in formats}}
 
 
-def plans(ready: Prepared, setting: Setting) -> list[dict[str, Any]]:
-    """Return, per menu, budget and seed, the KL of our plan, of brute force and of uniform plans on held-out samples."""
+def plans(ready: Prepared, setting: Setting, model: str, data: Path, python: str | None) -> list[dict[str, Any]]:
+    """Return, per menu, budget and seed, the KL of our plan and of all others on held-out samples, and what choosing took."""
     found = []
     for menu in setting.menus:
         formats, budgets = MENUS[menu]
         for seed in setting.seeds:
-            options = options_for(formats, setting, seed=seed, scales="/" in formats)
+            options = options_for(formats, setting, seed=seed, modules=BODY)
             problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
-            started = time.perf_counter()
+            tools = rivals(python, model, menu, budgets, seed, batches) if python is not None else []
+            took = in_a_process(model, data, setting, menu, budgets[0], seed) if seed in setting.timed else None
             scored = score_options(ready.program, problem, batches, options)
-            between = time.perf_counter()
+            started = time.perf_counter()
             brute = measured_costs(ready, problem, batches)
-            last = time.perf_counter()
-            seconds = {"ours": between - started, "brute_force": last - between}
+            seconds = time.perf_counter() - started
             for bits in budgets:
-                wanted = dataclasses.replace(options, avg_bits=bits)
-                row = compared(ready, scored, brute, wanted, setting, batches)
-                found.append({"menu": menu, "bits": bits, "seed": seed, "seconds": seconds, **row})
+                row = compared(ready, scored, brute, dataclasses.replace(options, avg_bits=bits), setting, batches, {
+                    tool["tool"]: {m: parse_choice(f) for m, f in tool["assignments"].items()}
+                    for tool in tools if tool["bits"] == bits
+                })  # fmt: skip
+                spent = {tool["tool"]: {key: tool[key] for key in ("version", "seconds", "memory_mib", "average_bits", "notes")}
+                         for tool in tools if tool["bits"] == bits}  # fmt: skip
+                spent["brute force"] = {"seconds": seconds}
+                if took is not None and bits == budgets[0]:
+                    spent["ours"] = took
+                found.append({"menu": menu, "bits": bits, "seed": seed, "spent": spent, **row})
                 print(f"{menu}, {bits:g} bits, seed {seed}: " + ", ".join(
                     f"{name} {value['kl']:.5f}" for name, value in row["plans"].items()
                 ), f"predicted {row['predicted']['kl']:.5f}, there measured {row['measured_here']:.5f}", flush=True)  # fmt: skip
     return found
 
 
+def rivals(
+    python: str, model: str, menu: str, budgets: tuple[float, ...], seed: int, batches: list[Batch]
+) -> list[dict[str, Any]]:
+    """Return what other tools choose from the same samples, run by the interpreter of their environment."""
+    ids = [row.tolist() for batch in batches for row in batch.input_ids[: batch.size]]
+    with tempfile.TemporaryDirectory() as folder:
+        samples, out = Path(folder) / "samples.json", Path(folder) / "out.json"
+        samples.write_text(json.dumps({"seed": seed, "chosen": ids}), encoding="utf-8")
+        script = Path(__file__).with_name("rivals.py")
+        for tool in TOOLS:
+            bits = [word for value in budgets for word in ("--bits", f"{value:g}")]
+            ended = subprocess.run(
+                [python, str(script), "--tool", tool, "--menu", menu, *bits, "--samples", str(samples), "--model", model,
+                 "--out", str(out)], capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if ended.returncode:
+                print(f"{tool}, {menu}: {(ended.stderr.strip() or 'failed').splitlines()[-1]}", flush=True)
+        return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+
+
+def in_a_process(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, float]:
+    """Return seconds and growth of memory of one choice in a fresh process, loading and tracing left out, as of the others."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_one_choice, model, data, setting, menu, bits, seed).result()
+
+
+def _one_choice(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, float]:
+    ready = made_ready(model, data, setting)
+    options = options_for(MENUS[menu][0], setting, seed=seed, bits=bits, modules=BODY)
+    problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before, started = _resident("VmRSS"), time.perf_counter()
+    scored = check_options(ready.program, score_options(ready.program, problem, batches, options), batches, options)
+    choose(scored, options)
+    return {"seconds": time.perf_counter() - started, "memory_mib": _resident("VmHWM") - before}
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
 def compared(
     ready: Prepared, scored: Scored, brute: dict[tuple[str, str], float], options: PlanOptions, setting: Setting,
-    batches: list[Batch],
+    batches: list[Batch], others: dict[str, dict[str, Choice]],
 ) -> dict[str, Any]:  # fmt: skip
     problem, budgets = scored.problem, limits(scored.problem, options)
     unchecked, _ = choose(scored, options)
@@ -178,14 +247,24 @@ def compared(
     picked, refined = choose(scored, options)
     values = [np.array([brute[problem.parts[g.members[0]].module, c.text] for c in g.choices]) for g in problem.groups]
     choices = {"ours": picked, "unchecked": unchecked, "additive": additive, "brute force": solve(values, budgets)}
+    plans_of = {name: problem.assignments(c) for name, c in choices.items()}
+    parts = {part.module: part for part in problem.parts}
+    for name, chosen in others.items():
+        if chosen.keys() != parts.keys():
+            raise SystemExit(f"{name} planned {len(chosen)} modules, not the {len(parts)} that are asked for")
+        bits = sum(parts[module].bits(choice, scales=False) for module, choice in chosen.items()) / problem.elements
+        if bits > options.avg_bits + 1e-6:  # type: ignore[operator]
+            raise SystemExit(f"{name} took {bits:.4f} bits of {options.avg_bits}")
+        plans_of[name] = {module: choice.assignment(parts[module]) for module, choice in chosen.items()}
     held = batches_of(ready, options, len(ready.encoded) - setting.held, len(ready.encoded))
-    measured = measure_plans(ready.program, held, {name: problem.assignments(c) for name, c in choices.items()})
+    measured = measure_plans(ready.program, held, plans_of)
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]
     predicted = plan_kl(scored.costs, rows)
     here = measure_plans(ready.program, batches, {"ours": problem.assignments(picked)})["ours"].kl
     return {
-        "plans": {name: {"kl": value.kl, **against(value, measured["brute force"])} for name, value in measured.items()},
-        "predicted": {"kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive": predicted.additive},
+        "plans": {name: {"kl": value.kl, **against(measured["ours"], value)} for name, value in measured.items()},
+        "predicted": {"kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive": predicted.additive,
+                      "second_order": predicted.second_order, "excess": scored.costs.excess[0]},
         "measured_here": here,
         "differs_from_brute_force": sum(a != b for a, b in zip(picked, choices["brute force"], strict=True)),
         "refined": 0 if refined is None else refined.taken,
@@ -193,7 +272,7 @@ def compared(
 
 
 def against(mine: Measured, other: Measured) -> dict[str, Any]:
-    """Return the paired difference of KL over held-out samples, as a share of the other's, with its interval."""
+    """Return the paired difference of our KL less another's over held-out samples, as a share of the other's, with interval."""
     gap = paired_difference(mine.scores["kl"], other.scores["kl"], mine.tokens)
     return {"share": gap.estimate / other.kl, "low": gap.low / other.kl, "high": gap.high / other.kl}
 
@@ -204,6 +283,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--parts", default="costs,plans")
     parser.add_argument("--menu", action="append", choices=tuple(MENUS), help="one of the menus (default: all)")
+    parser.add_argument("--rivals", default=None, help="interpreter of an environment with other tools, see rivals.py")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
@@ -222,7 +302,7 @@ def main() -> None:
                       f"coverage {row['coverage']:.3f} of {row['covered_of']}")  # fmt: skip
         if "plans" in arguments.parts:
             kept = [row for row in entry.get("plans", []) if row["menu"] not in setting.menus]
-            entry["plans"] = kept + plans(ready, setting)
+            entry["plans"] = kept + plans(ready, setting, model, arguments.data, arguments.rivals)
         finish("plan", {"models": models, "setting": dataclasses.asdict(setting)}, arguments)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -281,14 +282,15 @@ def formats(record: dict[str, Any]) -> str:
 
 
 def plan(record: dict[str, Any]) -> str:
-    """Return the section on plans: costs, coverage, and plans against those of measured costs."""
+    """Return the section on plans: costs, coverage, and plans against those of measured costs and of other tools."""
     setting = record["setting"]
     lines = [
         "## Precision plans: `python examples/bench/plan.py`", "",
-        described(record) + f" {setting['draws']} draws, {setting['samples']} samples of {setting['length']} tokens that choose"
-        f" and {setting['held']} others that judge; every seed takes other samples and other draws. Weights only unless a menu"
-        " says more; blocks of 32, the last of a row may be shorter; bits without scales.", "",
-        "Predicted against measured KL of every linear layer alone, on the samples that it was predicted from, two seeds. Spread:"
+        described(record) + f" {setting['samples']} samples of {setting['length']} tokens that choose and {setting['held']}"
+        " others that judge; every seed takes other samples and other draws. Weights only unless a menu says more; blocks of 32,"
+        " the last of a row may be shorter; bits without scales.", "",
+        f"Predicted against measured KL of every linear layer alone, {setting['cost_draws']} draws, on the samples that it was"
+        " predicted from, two seeds. Spread:"
         " standard deviation of log(predicted / measured), of the combined estimate and of the two that it is made of. Covered:"
         " share of 95 % intervals that hold the measured KL, below 0.3 nats (asked: Spearman 0.99 over all and 0.95 within each"
         " format, median ratio 0.9 to 1.1, 90 to 97 % covered).", "",
@@ -303,29 +305,76 @@ def plan(record: dict[str, Any]) -> str:
                     f" {row['covered_of']} | {row['spread_predicted']:.3f} | {row['spread_unbiased']:.3f} |"
                     f" {row['spread_elementwise']:.3f} |"
                 )
-    lines += [
-        "", "Plans, measured on held-out samples, medians over seeds. Brute force measures every choice by itself on the samples"
-        " that choose. Difference: KL of ours less that of brute force, as a share of it, least and largest over seeds;"
-        " worse: seeds in which its paired 95 % interval is above 0. Predicted: ratio of predicted to measured KL of the plan on"
-        " the samples that chose it, least to largest. Seconds: to know all costs.", "",
-        "| model | menu | bits | ours | brute force | difference | worse | predicted | seconds, ours | brute force |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    lines += ["", *_plans_against(record), "", *_plan_spending(record)]
+    return "\n".join(lines)
+
+
+_RIVALS = {
+    "brute force": "brute force", "modelopt": "ModelOpt", "modelopt-ungrouped": "ModelOpt, ungrouped",
+    "autoround": "AutoRound", "nncf": "NNCF",
+}  # fmt: skip
+
+
+def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the first columns of a cell, model, menu and bits, and its rows: one per seed."""
     for model, entry in record["models"].items():
         rows = entry.get("plans", [])
         for menu, bits in dict.fromkeys((row["menu"], row["bits"]) for row in rows):
-            chosen = [row for row in rows if (row["menu"], row["bits"]) == (menu, bits)]
-            ours = [row["plans"]["ours"] for row in chosen]
-            ratios = [row["predicted"]["kl"] / row["measured_here"] for row in chosen]
-            seconds = [median(row["seconds"][name] for row in chosen) for name in ("ours", "brute_force")]
-            lines.append(
-                f"| {model} | {menu} | {bits:g} | {median(o['kl'] for o in ours):.4f} |"
-                f" {median(row['plans']['brute force']['kl'] for row in chosen):.4f} |"
-                f" {min(o['share'] for o in ours):+.1%} to {max(o['share'] for o in ours):+.1%} |"
-                f" {sum(o['low'] > 0 for o in ours)} of {len(ours)} | {min(ratios):.2f} to {max(ratios):.2f} |"
-                f" {seconds[0]:.0f} | {seconds[1]:.0f} |"
+            cell = [row for row in rows if (row["menu"], row["bits"]) == (menu, bits)]
+            yield f"| {model} | {menu} | {bits:g} |", cell
+
+
+def _plans_against(record: dict[str, Any]) -> list[str]:
+    draws = record["setting"]["draws"]
+    lines = [
+        f"Plans without the output layer, {draws} draws and the spot checks, measured on held-out samples by one evaluator. Brute"
+        " force measures every choice by itself on the samples that choose; the other tools (`examples/bench/rivals.py` says"
+        " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
+        " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
+        " the difference says that ours is better (>) and worse (<). Predicted: ratio of predicted to measured KL of our plan"
+        " on the samples that chose it.", "",
+        f"| model | menu | bits | ours | predicted | {' | '.join(_RIVALS.values())} |",
+        f"|---|---|---:|---:|---:|{'---|' * len(_RIVALS)}",
+    ]  # fmt: skip
+    for head, cell in _by_cell(record):
+        ratios = [row["predicted"]["kl"] / row["measured_here"] for row in cell]
+        cells = []
+        for name in _RIVALS:
+            found = [row["plans"][name] for row in cell if name in row["plans"]]
+            if not found:
+                cells.append("—")
+                continue
+            better, worse = sum(f["high"] < 0 for f in found), sum(f["low"] > 0 for f in found)
+            cells.append(
+                f"{median(f['kl'] for f in found):.4f}; {min(f['share'] for f in found):+.1%} to"
+                f" {max(f['share'] for f in found):+.1%}; {better} >, {worse} <, of {len(found)}"
             )
-    return "\n".join(lines)
+        lines.append(
+            f"{head} {median(row['plans']['ours']['kl'] for row in cell):.4f} | {min(ratios):.2f} to {max(ratios):.2f} |"
+            f" {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _plan_spending(record: dict[str, Any]) -> list[str]:
+    names = ("ours", *_RIVALS)
+    lines = [
+        "What choosing took: seconds and growth of memory in MiB, medians, in a fresh process after the model was loaded (ours:"
+        " and traced). Brute force: to measure all costs.", "",
+        f"| model | menu | bits | {' | '.join(_RIVALS.get(name, name) for name in names)} |",
+        f"|---|---|---:|{'---:|' * len(names)}",
+    ]  # fmt: skip
+    for head, cell in _by_cell(record):
+        spent = {name: [row["spent"][name] for row in cell if name in row["spent"]] for name in names}
+        if not spent["ours"]:
+            continue
+        cells = []
+        for found in spent.values():
+            memory = [f["memory_mib"] for f in found if "memory_mib" in f]
+            time = f"{median(f['seconds'] for f in found):.1f}" if found else "—"
+            cells.append(f"{time}, {median(memory):.0f}" if memory else time)
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:

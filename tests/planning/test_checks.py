@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aqnfx.graph.sites import Role
-from aqnfx.planning.checks import PER_ROUND, ROUNDS, check_options, deciding, priced
+from aqnfx.planning.checks import SINGLES, check_options, deciding, priced
 from aqnfx.planning.choose import Scored, choose, flat
 from aqnfx.planning.costs import Costs
 from aqnfx.planning.evaluate import measure_plans
@@ -85,12 +85,13 @@ def test_what_was_measured_takes_the_place_of_the_prediction(scored) -> None:
     ready, batches, options, before = scored
     after = check_options(ready.program, before, batches, options)
     rows = np.flatnonzero(after.costs.measured)
-    assert len(rows) == len(after.checks) == ROUNDS * PER_ROUND
+    assert len(rows) == len(after.checks) == SINGLES
     names = {row: key for key, row in after.costs.index.items()}
     parts = {part.module: part for part in before.problem.parts}
-    for row, check in zip(rows, after.checks, strict=True):
-        module, text = names[row]
-        assert (check["module"], check["choice"]) == (module, text)
+    assert {names[row] for row in rows} == {(check["module"], check["choice"]) for check in after.checks}
+    for check in after.checks:
+        module, text = check["module"], check["choice"]
+        row = after.costs.index[module, text]
         choice = next(choice for choice in before.problem.options[module] if choice.text == text)
         alone = {module: choice.assignment(parts[module])}
         assert after.costs.kl[row] == measure_plans(ready.program, batches, {"x": alone})["x"].kl == check["measured"]
@@ -105,7 +106,7 @@ def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> N
     ready, batches, options, before = scored
     after = check_options(ready.program, before, batches, options)
     names = [row["plan"] for row in after.whole_plans]
-    assert names == ["all in int4:g32", "all in int8:g32"]
+    assert names == ["all in int4:g32"]  # of int8 there is too little to tell anything
     uniform = [0] * len(before.problem.groups)
     assert after.whole_plans[0]["measured"] == pytest.approx(
         measure_plans(ready.program, batches, {"x": before.problem.assignments(uniform)})["x"].kl
@@ -134,8 +135,8 @@ def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> N
 def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path) -> None:
     ready, batches, options, before = scored
     ceiling = dataclasses.replace(options, avg_bits=None, max_kl=float(before.costs.kl.sum()) / 4.0)
-    assert len(check_options(ready.program, before, batches, ceiling).checks) == ROUNDS * PER_ROUND
+    assert len(check_options(ready.program, before, batches, ceiling).checks) == SINGLES
     fused = dataclasses.replace(options, couple="fused")
     problem = make_problem(ready.program, fused)
     grouped = score_options(ready.program, problem, batches, fused)
-    assert len(check_options(ready.program, grouped, batches, fused).checks) == ROUNDS * PER_ROUND
+    assert len(check_options(ready.program, grouped, batches, fused).checks) == SINGLES

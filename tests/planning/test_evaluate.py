@@ -1,0 +1,109 @@
+"""Measuring plans: what replaced weights give is what nodes give, bit for bit, and the model stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import aqnfx
+from aqnfx.errors import ProbeError
+from aqnfx.graph.assignments import Assignment, operands_by_module
+from aqnfx.graph.program import Program
+from aqnfx.graph.sites import Role
+from aqnfx.planning import evaluate
+from aqnfx.planning.evaluate import measure_plans, stored
+from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.tasks import reference, score
+from tests.cli.tiny import encoded
+from tests.families import build
+
+FAMILIES = ("llama", "gpt2", "gemma3_text", "mixtral", "phi3")
+
+
+def tagged(name: str) -> Program:
+    return aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build(name), sequence_length=12))
+
+
+def work() -> list[Batch]:
+    return list(make_batches(encoded(3, 12), batch_size=2, pad_id=0))
+
+
+def weights(program: Program) -> list[str]:
+    """Return the modules whose weight a plan can store, in execution order."""
+    return [m for m, places in operands_by_module(program).items() if any(p.site.role is Role.WEIGHT for p in places)]
+
+
+def expected(program: Program, plan: dict[str, Assignment]) -> list[float]:
+    """Return the KL per sample of the graph with nodes."""
+    clean, noisy, found = eager_forward(program), eager_forward(stored(program, plan)), []
+    with torch.no_grad():
+        for batch in work():
+            known, _ = reference(batch, clean(batch))
+            found += score(known, noisy(batch))["kl"].tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replaced_weights_are_stored_weights(name: str) -> None:
+    program = tagged(name)
+    before = {key: value.clone() for key, value in program.module.state_dict().items()}
+    modules = weights(program)
+    plans = {
+        "first": {modules[0]: Assignment(weight="int4")}, "last": {modules[-1]: Assignment(weight="int4")},
+        "middle": {modules[len(modules) // 2]: Assignment(weight="int3")},
+        "all": dict.fromkeys(modules, Assignment(weight="int8")),
+        "mixed": {module: Assignment(weight="int4" if i % 2 else "int2:row:asym") for i, module in enumerate(modules)},
+    }  # fmt: skip
+    found = measure_plans(program, work(), plans)
+    for key, plan in plans.items():
+        assert found[key].scores["kl"].tolist() == expected(program, plan), key
+        assert found[key].kl > 0.0
+    after = program.module.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_weights_that_are_read_elsewhere_too_go_through_nodes() -> None:
+    """A head that shares its weight with the embedding: storing the head must not change the embedding."""
+    tied = aqnfx.trace(build("llama", tie_word_embeddings=True), sequence_length=12)
+    program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(tied)
+    plan = {"lm_head": Assignment(weight="int3")}
+    runs = evaluate._Runs.of(program, {"head": plan, "down": {"model.layers.1.mlp.down_proj": Assignment(weight="int3")}})
+    assert (set(runs.forwards), set(runs.weights)) == ({"head"}, {"down"})
+    found = measure_plans(program, work(), {"head": plan})["head"]
+    assert found.scores["kl"].tolist() == expected(program, plan)
+
+
+def test_inputs_and_large_weights_go_through_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tagged("llama")
+    modules = weights(program)
+    plans = {
+        "inputs": {modules[3]: Assignment(weight="int4", input="int4")},
+        "weights": dict.fromkeys(modules, Assignment(weight="int4")),
+    }
+    monkeypatch.setattr(evaluate, "_REPLACED", 1)
+    assert set(evaluate._Runs.of(program, plans).forwards) == set(plans)
+    found = measure_plans(program, work(), plans)
+    for key, plan in plans.items():
+        assert found[key].scores["kl"].tolist() == expected(program, plan), key
+
+
+def test_runs_start_where_a_plan_begins() -> None:
+    program = tagged("llama")
+    last = weights(program)[-2]
+    runs = evaluate._Runs.of(program, {"x": {last: Assignment(weight="int4")}})
+    assert runs.replay is not None
+    steps: list[int] = []
+    step = runs.replay._step
+    runs.replay._step = lambda block, place, *rest: (steps.append(place), step(block, place, *rest))[1]  # type: ignore[method-assign]
+    (batch, *_) = work()
+    with torch.no_grad():
+        runs.clean(batch)
+        whole = len(steps)
+        runs.stored("x", batch)
+    assert 0 < len(steps) - whole < whole
+
+
+def test_no_samples_are_no_measurement() -> None:
+    with pytest.raises(ProbeError, match="no samples to measure a plan on"):
+        measure_plans(tagged("llama"), [], {"x": {}})
