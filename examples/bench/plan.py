@@ -60,7 +60,7 @@ class Setting:
     """Samples that choose and that judge, their length, and the seeds: each takes other samples and other draws.
 
     ``cost_draws`` are those of the part on costs; plans take the default, ``draws``. ``timed``: seeds whose choice is run once
-    more in a process of its own, for time and memory.
+    more in a process of its own, for time and memory. ``run``: of the seeds those that plans are made for.
     """
 
     samples: int = 32
@@ -70,6 +70,7 @@ class Setting:
     cost_draws: int = 16
     timed: tuple[int, ...] = (0, 1, 2)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    run: int = 5
     menus: tuple[str, ...] = tuple(MENUS)
     every: int = 1
 
@@ -167,7 +168,7 @@ def plans(ready: Prepared, setting: Setting, model: str, data: Path, python: str
     found = []
     for menu in setting.menus:
         formats, budgets = MENUS[menu]
-        for seed in setting.seeds:
+        for seed in setting.seeds[: setting.run]:
             options = options_for(formats, setting, seed=seed, modules=BODY)
             problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
             tools = rivals(python, model, menu, budgets, seed, batches) if python is not None else []
@@ -284,10 +285,11 @@ def main() -> None:
     parser.add_argument("--parts", default="costs,plans")
     parser.add_argument("--menu", action="append", choices=tuple(MENUS), help="one of the menus (default: all)")
     parser.add_argument("--rivals", default=None, help="interpreter of an environment with other tools, see rivals.py")
+    parser.add_argument("--seeds", type=int, default=5, help="plans for the first so many of five seeds")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
-    setting = QUICK if arguments.quick else Setting(menus=tuple(arguments.menu or MENUS))
+    setting = QUICK if arguments.quick else Setting(menus=tuple(arguments.menu or MENUS), run=arguments.seeds)
     out = Path(arguments.out) if arguments.out else RESULTS / "plan.json"
     models: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["models"] if out.exists() else {}
     for model in arguments.models:
