@@ -9,7 +9,7 @@ from typing import Literal
 
 from aqnfx.errors import InputError
 from aqnfx.graph.assignments import Assignment
-from aqnfx.graph.operands import Place
+from aqnfx.graph.operands import Place, origin
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import static_size, tensor_value
@@ -72,7 +72,7 @@ class Part:
         return tuple((site, named[role]) for role, site in self.sites if role in named)
 
     def bits(self, choice: Choice, *, scales: bool = True) -> int:
-        """Return the bits of the weight under ``choice``, of keys and values per stored vector; scales on request."""
+        """Return the bits of the weight under ``choice``, of keys and values per token; scales on request."""
         name = choice.cache if self.cache else choice.weight
         if name is None:
             return math.prod(self.shape) * self.native
@@ -159,16 +159,29 @@ def weight_part(program: Program, module: str, places: Sequence[Place], *, activ
 
 
 def cache_part(module: str, places: Sequence[Place]) -> Part | None:
-    """Return the part of an attention's keys and values; None where their width is not fixed."""
+    """Return the part of an attention's keys and values, of the shape (heads, width) per token; None where that is not fixed."""
     stored = [place for place in places if place.site.role in (Role.KEY, Role.VALUE)]
-    widths = [static_size(value.shape[place.dim]) for place in stored if (value := tensor_value(place.value)) is not None]
-    if not stored or not all(isinstance(width, int) for width in widths):
+    shapes = [_per_token(place) for place in stored]
+    if not stored or not all(shapes):
         return None
-    first = stored[0].site
+    first, shape = stored[0].site, shapes[0]
+    assert shape is not None  # all are there
     return Part(
         module=module, layer=first.layer, stack=first.stack, sites=tuple((p.site.role, p.site.id) for p in stored),
-        shape=(int(widths[0]),), summed=0, channel_dim=0, native=NATIVE_BITS.get(first.dtype, 32), cache=True,
+        shape=shape, summed=1, channel_dim=0, native=NATIVE_BITS.get(first.dtype, 32), cache=True,
     )  # fmt: skip
+
+
+def _per_token(place: Place) -> tuple[int, int] | None:
+    """Return heads and width of what a cache holds per token: heads that are repeated for the product are stored once."""
+    value, source = tensor_value(place.value), tensor_value(origin(place.value))
+    if value is None or source is None or not isinstance(width := static_size(value.shape[place.dim]), int):
+        return None
+    own, whole = (
+        math.prod(size for size in map(static_size, tensor.shape) if isinstance(size, int)) // width
+        for tensor in (value, source)
+    )
+    return max(min(own, whole), 1), width
 
 
 def _active_share(program: Program, weight: Place) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -125,7 +126,7 @@ def limits(problem: Problem, options: PlanOptions) -> list[Limit]:
         found.append(Limit(name="seconds", weights=_latency(problem, options), budget=options.seconds))
     if options.kv_bits is not None:
         caches = problem.bits(scales=options.count_scales, cache=True)
-        width = sum(part.shape[0] for part in problem.parts if part.cache)
+        width = sum(math.prod(part.shape) for part in problem.parts if part.cache)
         if not width:
             raise InputError("kv_formats and kv_bits are given, and none of the planned layers has keys and values to store")
         found.append(_average("kv_bits", caches, options.kv_bits, float(width)))

@@ -89,7 +89,14 @@ def test_keys_and_values_are_one_part() -> None:
     assert choice.assignment(part).formats() == {
         Role.KEY: "int4:row", Role.VALUE: "int4:row",
     }  # fmt: skip
-    assert part.bits(choice, scales=False) == 4 * part.shape[0]
+    config = build("llama").config
+    assert config.num_key_value_heads < config.num_attention_heads
+    # Stored once, however often the product reads them; a scale for each head's vector.
+    assert part.shape == (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    assert part.bits(choice, scales=False) == 4 * part.shape[0] * part.shape[1]
+    assert part.bits(choice) == (4 * part.shape[1] + 32) * part.shape[0]
+    for name, heads in (("gpt2", build("gpt2").config.n_head), ("t5", build("t5").config.num_heads)):
+        assert {part.shape[0] for part in parts_of(name)[1].values()} == {heads}
 
 
 def test_blocks_that_do_not_divide() -> None:
