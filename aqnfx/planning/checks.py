@@ -9,6 +9,7 @@ format say how much more a plan costs than its parts.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,12 +19,13 @@ from scipy.stats import norm
 from aqnfx.graph.assignments import Assignment
 from aqnfx.graph.program import Program
 from aqnfx.planning.choose import Scored, choose, flat, group_values
-from aqnfx.planning.costs import Costs, excess_from, truncation_from
+from aqnfx.planning.costs import NO_EXCESS, Costs, excess_from, truncation_from
 from aqnfx.planning.evaluate import measure_plans
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import Limit, prices
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import limits
+from aqnfx.planning.rivals import Progress
 from aqnfx.probes.data import Batch
 
 Array = NDArray[np.float64]
@@ -36,30 +38,37 @@ measured, the worst 1.9 % dearer; a second round, after the first had moved the 
 """
 WHOLE_PLANS = 3
 _CHECKED_KL = 0.3  # nats; options beyond it are no guide to a plan
+_NEAR = 5.0  # a whole plan that has a fifth of the plan's KL tells of it, one that has less does not
 _TRUSTED_KL = 1.0  # nats; beyond it second order means nothing, and nobody wants the plan
 
 
-def check_options(program: Program, scored: Scored, batches: Sequence[Batch], options: PlanOptions) -> Scored:
+def check_options(
+    program: Program, scored: Scored, batches: Sequence[Batch], options: PlanOptions, progress: Progress | None = None
+) -> Scored:
     """Return ``scored`` with the choices that decide the plan of ``options`` measured on ``batches``, and whole plans.
 
-    ``batches`` are those that were scored. Raises :class:`~aqnfx.errors.InputError` for a budget that nothing keeps.
+    ``batches`` are those that were scored; ``progress`` is told the runs done and their number. Raises
+    :class:`~aqnfx.errors.InputError` for a budget that nothing keeps.
     """
     first = scored.costs
     whole = _whole_plans(scored)
-    rows = deciding(scored, options, SINGLES)
+    started = time.perf_counter()
+    worth = deciding(scored, options, SINGLES)
+    rows = list(worth)
     plans = {f"{row}": _alone(scored, row) for row in rows}
     plans |= {name: scored.problem.assignments(chosen) for name, chosen in whole.items()}
-    found = {name: value.kl for name, value in measure_plans(program, batches, plans).items()} if plans else {}
+    found = {name: value.kl for name, value in measure_plans(program, batches, plans, progress=progress).items()} if plans else {}
     wholes = {name: found[name] for name in whole}
     scored = dataclasses.replace(scored, costs=_with(first, {row: found[f"{row}"] for row in rows}))
     truncation = truncation_from(first.kl[rows], first.noise[rows], scored.costs.kl[rows])
     made = dataclasses.replace(scored.costs, truncation=truncation)
     table = scored.problem.rows(made.index)
-    second = {name: plan_kl(made, flat(table, whole[name])) for name in wholes}
-    seen = list(second.values())
+    seen = [plan_kl(made, flat(table, whole[name])) for name in wholes]
+    picked, _ = choose(dataclasses.replace(scored, costs=dataclasses.replace(made, excess=NO_EXCESS)), options)
     excess = excess_from(
         np.array([p.second_order for p in seen]), np.array([p.second_order_se for p in seen]),
         np.array([p.pairs for p in seen]), np.array(list(wholes.values())),
+        least=plan_kl(made, flat(table, picked)).second_order / _NEAR,
     )  # fmt: skip
     made = dataclasses.replace(made, excess=excess)
     se = np.hypot(first.noise, truncation * first.kl**1.5)
@@ -67,28 +76,31 @@ def check_options(program: Program, scored: Scored, batches: Sequence[Batch], op
     singles = tuple(
         {
             "module": names[row][0], "choice": names[row][1], "predicted": float(first.kl[row]), "se": float(se[row]),
-            "measured": float(made.kl[row]),
+            "measured": float(made.kl[row]), "decides": worth[row],
         }
         for row in rows
     )  # fmt: skip
     plans_of = tuple(
-        {"plan": name, "second_order": second[name].second_order, "se": second[name].second_order_se, "measured": kl}
-        for name, kl in wholes.items()
+        {"plan": name, "second_order": plan.second_order, "se": plan.second_order_se, "measured": kl}
+        for (name, kl), plan in zip(wholes.items(), seen, strict=True)
     )
-    return dataclasses.replace(scored, costs=made, checks=singles, whole_plans=plans_of)
+    facts = {**scored.facts, "check_seconds": time.perf_counter() - started}
+    return dataclasses.replace(scored, costs=made, checks=singles, whole_plans=plans_of, facts=facts)
 
 
-def deciding(scored: Scored, options: PlanOptions, count: int) -> list[int]:
-    """Return the rows of up to ``count`` options whose measurement is worth most to the plan, none measured before.
+def deciding(scored: Scored, options: PlanOptions, count: int) -> dict[int, bool]:
+    """Return the rows of up to ``count`` options to measure, the most telling first, and whether each may change the plan.
 
     At the prices of the budgets the gap between an option and the plan's own is d with standard error s; knowing it saves
-    s·φ(|d|/s) − |d|·Φ(−|d|/s) in the mean (the expected value of information). Where no gap is in question, the options of
-    the plan that are known least follow.
+    s·φ(|d|/s) − |d|·Φ(−|d|/s) in the mean (the expected value of information), which is shared among the rows that make s. Where
+    no gap is in question, the options of the plan that are known least follow: they are what its prediction is unsure of.
     """
     found, problem = scored.costs, scored.problem
-    picked, _ = choose(scored, dataclasses.replace(options, refine=False))
+    # What plans cost beyond second order is not known yet, and bends all plans of one size alike.
+    plain = dataclasses.replace(scored, costs=dataclasses.replace(found, excess=NO_EXCESS))
+    picked, _ = choose(plain, dataclasses.replace(options, refine=False))
     table, worth = problem.rows(found.index), dict[int, float]()
-    totals, se = priced(scored, options, picked), found.se
+    totals, se = priced(plain, options, picked), found.se
     for group, total, mine in zip(table, totals, picked, strict=True):
         for option, rows in enumerate(group):
             both = [*rows, *group[mine]]
@@ -97,15 +109,15 @@ def deciding(scored: Scored, options: PlanOptions, count: int) -> list[int]:
                 continue
             gap = abs(float(total[option] - total[mine]))
             gain = s * float(norm.pdf(gap / s)) - gap * float(norm.sf(gap / s))
-            row = max(both, key=lambda r: se[r])
-            worth[row] = max(worth.get(row, 0.0), gain)
+            for row in both:
+                worth[row] = max(worth.get(row, 0.0), gain * float(se[row] / s) ** 2)
     # A thousandth of the plan's cost, shared among what may be measured, is not worth a run for the choice alone.
     own = flat(table, picked)
     least = 1e-3 * float(found.kl[own].sum()) / SINGLES
     telling = sorted((row for row, gain in worth.items() if gain > least), key=lambda row: -worth[row])
     rest = sorted((row for row in own if se[row] > 0.0), key=lambda row: -se[row])
     order = [row for row in dict.fromkeys((*telling, *rest)) if 0.0 < found.kl[row] < _CHECKED_KL]
-    return order[:count]
+    return {row: worth.get(row, 0.0) > least for row in order[:count]}
 
 
 def priced(scored: Scored, options: PlanOptions, picked: Sequence[int]) -> list[Array]:
@@ -143,12 +155,22 @@ def _whole_plans(scored: Scored) -> dict[str, tuple[int, ...]]:
             found.setdefault(chosen, kl)
     telling = max(found.values(), default=0.0) / 20.0
     largest = sorted((c for c in found if found[c] >= telling), key=lambda chosen: -found[chosen])[:WHOLE_PLANS]
-    return {_called(scored, chosen, number): chosen for number, chosen in enumerate(largest, start=1)}
+    named: dict[str, tuple[int, ...]] = {}
+    for chosen in largest:
+        name = _called(scored, chosen)
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = chosen
+    return named
 
 
-def _called(scored: Scored, chosen: Sequence[int], number: int) -> str:
-    named = {choice.text for part, choice in scored.problem.choices(chosen) if not part.cache}
-    return f"all in {named.pop()}" if len(named) == 1 else f"each in its size {number}"
+def _called(scored: Scored, chosen: Sequence[int]) -> str:
+    """Return what a plan is called by the formats of the groups that have a choice: "all in int4:g32, caches in int8:row"."""
+    free = [(group, option) for group, option in zip(scored.problem.groups, chosen, strict=True) if len(group.choices) > 1]
+    parts = []
+    for cache, word in ((False, "all"), (True, "caches")):
+        texts = [g.choices[o].text for g, o in free if scored.problem.parts[g.members[0]].cache is cache]
+        if texts:
+            parts.append(f"{word} in {' or '.join(dict.fromkeys(texts))}")
+    return ", ".join(parts)
 
 
 def _alone(scored: Scored, row: int) -> dict[str, Assignment]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aqnfx.errors import InputError
 from aqnfx.planning.costs import Costs
 from aqnfx.planning.interactions import Refined, plan_kl, refine
 from aqnfx.planning.knapsack import Limit, least_weight, solve
@@ -17,6 +18,7 @@ from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import Problem, limits
 
 Array = NDArray[np.float64]
+_HALVINGS = 24  # of what the parts may cost, until it is known to a few millionths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,13 +60,30 @@ def _smallest(
 ) -> tuple[int, ...]:  # fmt: skip
     """Return the smallest plan whose predicted KL, interactions included, keeps ``max_kl``."""
     assert options.max_kl is not None  # the goal that this is for
-    sizes, room = scored.problem.bits(scales=options.count_scales), options.max_kl
-    while True:
+    sizes = scored.problem.bits(scales=options.count_scales)
+
+    def kl(picked: Sequence[int]) -> float:
+        return plan_kl(scored.costs, flat(rows, picked)).kl
+
+    best = solve(values, budgets)  # the least KL that there is
+    if kl(best) > options.max_kl:
+        raise InputError(
+            f"max_kl {options.max_kl:g} cannot be kept: the least feasible is {kl(best):.4g}, as predicted with what the parts do"
+            " to each other; raise it, or add larger formats"
+        )
+    # Parts are solved for; together they cost more, and by how much depends on what they are allowed.
+    low, high = sum(float(v[o]) for v, o in zip(values, best, strict=True)), float(options.max_kl)
+    room = high
+    for _ in range(_HALVINGS if low < high else 0):
         picked = least_weight(sizes, values, room, budgets)
-        kl = plan_kl(scored.costs, flat(rows, picked)).kl
-        if kl <= options.max_kl:
+        if kl(picked) > options.max_kl:
+            high = room
+        elif room == high:
             return picked
-        room = min(room * options.max_kl / kl, room * 0.98)  # parts are solved for; together they cost more
+        else:
+            best, low = picked, room
+        room = (low + high) / 2.0
+    return best
 
 
 def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
@@ -85,8 +104,11 @@ def frontier(scored: Scored, options: PlanOptions) -> list[dict[str, Any]]:
 
 
 def group_values(found: Costs, group: Sequence[Sequence[int]]) -> Array:
-    """Return the predicted KL of each option of a group, what its members' errors do to each other included."""
-    return np.array([plan_kl(found, rows).kl if len(rows) > 1 else float(found.kl[rows[0]]) for rows in group])
+    """Return the KL of each option of a group, what its members' errors do to each other included: to second order.
+
+    The excess is of whole plans; charged to groups it would make parts that share a format dearer than parts that do not.
+    """
+    return np.array([plan_kl(found, rows).second_order if len(rows) > 1 else float(found.kl[rows[0]]) for rows in group])
 
 
 def flat(rows: Sequence[Sequence[Sequence[int]]], chosen: Sequence[int]) -> list[int]:

@@ -36,10 +36,30 @@ plan and M its measured KL, M/S − 1 grew in proportion to S from 0.05 to 1 nat
 weights in 2 to 8 bits. Plans of inputs too had 1 to 3; a model that is sure of nearly every token had thousands, at a KL that is
 as much smaller. Measured plans move it, see :func:`excess_from`.
 """
-_APART = 0.05  # standard deviation of log(measured / (S + c·pairs)) over plans of one run, in the same trial
+APART = 0.05
+"""Standard deviation of log(measured / predicted) over the plans of one run, in the same trial."""
 _MEDIAN = 0.4549  # of a chi-square variable of one degree of freedom
 _TELLING = 0.01  # nats: from here on a spot check counts in full
 _PRIOR_CHECKS = 5.0  # spot checks that the constant above is worth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excess:
+    """What a plan costs beyond second order: c of :data:`EXCESS` in 1/nats, its standard error, and how much it is at most.
+
+    ``most`` is a share of second order, the largest that was seen: c is fitted where plans were measured and holds no further.
+    """
+
+    c: float = EXCESS
+    se: float = EXCESS
+    most: float = EXCESS
+
+    def of(self, second_order: float, pairs: float) -> float:
+        """Return the excess in nats of a plan with ``pairs``, S² − Σ of its parts' squares."""
+        return min(self.c * pairs, self.most * second_order)
+
+
+NO_EXCESS = Excess(c=0.0, se=0.0, most=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,7 +71,7 @@ class Costs:
     alone on these samples: predicted, or measured where ``measured`` (options,) says so. ``noise`` (options,) is the standard
     error of the prediction that the draws make; ``unbiased`` and ``elementwise`` (options,) the two estimates that it is made
     of, ``spread`` the standard deviation of the log of the second around the truth, ``truncation`` that of what second order
-    leaves out, per √KL. ``excess`` is c of :data:`EXCESS` in 1/nats, and its standard error.
+    leaves out, per √KL. ``excess`` is what plans cost beyond second order.
     """
 
     index: Mapping[tuple[str, str], int]
@@ -64,7 +84,7 @@ class Costs:
     spread: float
     measured: NDArray[np.bool_]
     truncation: float = TRUNCATION
-    excess: tuple[float, float] = (EXCESS, EXCESS)
+    excess: Excess = Excess()
 
     @property
     def se(self) -> Array:
@@ -194,20 +214,22 @@ def truncation_from(predicted: Array, se: Array, measured: Array, *, prior: floa
 
 
 def excess_from(
-    second_order: Array, se: Array, pairs: Array, measured: Array, *, prior: float = EXCESS
-) -> tuple[float, float]:
-    """Return c of :data:`EXCESS` and its standard error from measured plans: S, its errors, S² − Σ of squares, and their KL.
+    second_order: Array, se: Array, pairs: Array, measured: Array, *, least: float = 0.0, prior: float = EXCESS
+) -> Excess:
+    """Return the excess of measured plans: from their S, its errors, S² − Σ of squares, and their KL.
 
     Least squares with a prior of ``prior`` ± the same. Where the plans are sure that it is another number the prior gives way, as
-    it must for a model whose KL sits in a few tokens.
+    it must for a model whose KL sits in a few tokens. Plans with S below ``least`` say nothing: what their interactions hide,
+    scaled up to a plan of many times their KL, would be all of it.
     """
-    use = (second_order > 0.0) & (measured > 0.0) & (pairs > 0.0)
+    use = (second_order > 0.0) & (measured > 0.0) & (pairs > 0.0) & (second_order >= least)
     s, m, x = second_order[use], measured[use], pairs[use]
     if not use.any():
-        return prior, prior
-    variance = np.square(m) * (np.square(se[use] / s) + _APART**2)
+        return Excess(c=prior, se=prior, most=prior)
+    variance = np.square(m) * (np.square(se[use] / s) + APART**2)
     precision = float(np.sum(np.square(x) / variance))
     fitted = float(np.sum(x * (m - s) / variance)) / precision
     width = max(prior**2, (fitted - prior) ** 2 - 4.0 / precision)
     total = precision + 1.0 / width
-    return max((precision * fitted + prior / width) / total, 0.0), math.sqrt(1.0 / total)
+    c = max((precision * fitted + prior / width) / total, 0.0)
+    return Excess(c=c, se=math.sqrt(1.0 / total), most=max(prior, float(np.max(m / s)) - 1.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.tasks import Scores, reference, score
 
 Array = NDArray[np.float64]
-_REPLACED = 1 << 26  # values of weights that are replaced for a run: 256 MiB in fp32
+_REPLACED = 1 << 28  # bytes of weights that are replaced for a run
+_HELD = 1 << 26  # bytes of stored weights that are kept from batch to batch
 _KEPT = 1 << 28  # bytes of values between blocks that runs start from
 
 
@@ -48,6 +49,7 @@ class _Runs:
     weights: Mapping[str, Mapping[str, tuple[Place, str]]]
     forwards: Mapping[str, Forward]
     program: Program
+    held: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, plans: Mapping[str, Mapping[str, Assignment]]) -> _Runs:
@@ -58,7 +60,7 @@ class _Runs:
             chosen = assigned_sites(program, assignments)
             sites = [(site, fmt) for fmt, named in chosen.items() for site in named]
             found = {free[site]: (program.places[site], fmt) for site, fmt in sites if site in free}
-            if len(found) == len(sites) and sum(attribute(program.module, target).numel() for target in found) <= _REPLACED:
+            if len(found) == len(sites) and sum(attribute(program.module, target).nbytes for target in found) <= _REPLACED:
                 weights[name] = found
             else:
                 forwards[name] = eager_forward(_with_nodes(program, chosen))
@@ -78,12 +80,18 @@ class _Runs:
             return self.forwards[name](batch)
         assert self.replay is not None  # made for the plans that are not in forwards
         return self.replay.replaced({
-            target: quantize(
-                attribute(self.program.module, target).detach(), parse_format(fmt), dim=place.dim,
-                channel_dim=place.channel_dim,
-            )
-            for target, (place, fmt) in self.weights[name].items()
+            target: self._weight(target, place, fmt) for target, (place, fmt) in self.weights[name].items()
         })  # fmt: skip
+
+    def _weight(self, target: str, place: Place, fmt: str) -> torch.Tensor:
+        """Return a weight as a format stores it, kept for the batches that follow while there is room."""
+        if (target, fmt) in self.held:
+            return self.held[target, fmt]
+        value = attribute(self.program.module, target).detach()
+        made = quantize(value, parse_format(fmt), dim=place.dim, channel_dim=place.channel_dim)
+        if made.nbytes + sum(tensor.nbytes for tensor in self.held.values()) <= _HELD:
+            self.held[target, fmt] = made
+        return made
 
 
 def _private_weights(program: Program) -> dict[str, str]:

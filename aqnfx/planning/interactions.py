@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-from aqnfx.planning.costs import Costs, draw_error
+from aqnfx.planning.costs import APART, Costs, draw_error
 
 Array = NDArray[np.float64]
 Fits = Callable[[tuple[int, ...]], bool]
@@ -63,16 +63,21 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     second = max(additive + believed * cross, 0.0)
     alone = float(np.square(costs.kl[list(rows)]).sum())
     # A part has nothing to meet its own error with, so its square is left out.
-    pairs, (excess, excess_se) = max(second**2 - alone, 0.0), costs.excess
-    kl = second + excess * pairs
+    pairs = max(second**2 - alone, 0.0)
+    more = costs.excess.of(second, pairs)
+    bent = 1.0 + 2.0 * more / second if second > 0.0 else 1.0  # by how much errors of S grow
     error = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + (believed * variance if len(rows) > 1 else 0.0)))
-    here = math.hypot(error * (1.0 + 2.0 * excess * pairs / second if second > 0.0 else 1.0), excess_se * pairs)
+    unknown = min(costs.excess.se * pairs, second) if pairs > 0.0 else 0.0
+    # Plans scatter around the excess as they scattered where it was fitted; a part alone has none.
+    scatter = APART * second * (pairs / second**2) if second > 0.0 else 0.0
+    here = math.hypot(error * bent, unknown, scatter)
     per_sample = 0.5 * np.square(whole).mean(axis=0)
     apart = per_sample - per_sample.sum() / costs.tokens * costs.per_sample
     # Samples differ in what they cost, and by the draws; these are counted once.
     among = np.square(apart).sum() * n / (n - 1) / costs.tokens**2 - float(noise) ** 2 if n > 1 else math.inf
     return PlanKL(
-        kl=kl, se=math.sqrt(here**2 + max(float(among), 0.0)), se_here=here, additive=additive, second_order=second,
+        kl=second + more, se=math.hypot(here, bent * math.sqrt(max(float(among), 0.0))), se_here=here, additive=additive,
+        second_order=second,
         second_order_se=error, pairs=pairs,
     )  # fmt: skip
 
@@ -84,7 +89,14 @@ def kl_difference_error(costs: Costs, first: Sequence[int], second: Sequence[int
     draws = apart.shape[0]
     if draws < 2:
         return float("nan")
-    return float(np.sqrt(apart.var(axis=0, ddof=1).sum() / draws))
+    plans = [plan_kl(costs, rows) for rows in (first, second)]
+    other = list(set(first) ^ set(second))  # what both have costs both alike
+    # What the draws do is in the difference of the sketches already.
+    left_out = np.maximum(np.square(costs.se[other]) - np.square(costs.noise[other]), 0.0)
+    return math.sqrt(
+        float(apart.var(axis=0, ddof=1).sum() / draws) + float(left_out.sum())
+        + (costs.excess.se * (plans[0].pairs - plans[1].pairs)) ** 2
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +112,14 @@ class Refined:
 def refine(costs: Costs, options: Sequence[Sequence[Sequence[int]]], chosen: Sequence[int], fits: Fits) -> Refined:
     """Return the plan after every exchange of one or two groups' options that the sketch is sure of.
 
-    ``options``: per group and option the rows of ``costs``; ``fits(chosen)`` says whether a choice keeps the budget. An
+    ``options``: per group and option the rows of ``costs``; ``fits(chosen)`` says whether a choice keeps the budget. What an
+    option that was measured costs by itself is taken as measured: of it the sketch says only what it does to others. An
     exchange is chosen on the even draws and taken where the odd draws, which had no say, agree that it lowers the plan's KL by
     more than 3.5 standard errors. With one draw there is nothing to hold out, and nothing is changed.
     """
     current = list(chosen)
     draws = costs.columns.shape[1]
-    groups = [np.stack([costs.columns[list(rows)].sum(axis=0) for rows in group]) for group in options]
+    groups = [[_Option.of(costs, rows) for rows in group] for group in options]
     tried = taken = 0
     total_gain = 0.0
     if draws < 2:
@@ -123,24 +136,41 @@ def refine(costs: Costs, options: Sequence[Sequence[Sequence[int]]], chosen: Seq
         taken, total_gain = taken + 1, total_gain + gain
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Option:
+    """The sketch of an option (K, n), and of its measured parts the KL and what the sketch takes it for (K, n)."""
+
+    sums: Array
+    measured: float
+    taken_for: Array
+
+    @classmethod
+    def of(cls, costs: Costs, rows: Sequence[int]) -> _Option:
+        known = [row for row in rows if costs.measured[row]]
+        return cls(
+            sums=costs.columns[list(rows)].sum(axis=0), measured=float(costs.kl[known].sum()),
+            taken_for=0.5 * np.square(costs.columns[known]).sum(axis=0) / costs.tokens,
+        )  # fmt: skip
+
+
 class _Search:
     """One round of local search around a plan."""
 
-    def __init__(self, groups: Sequence[Array], current: Sequence[int], tokens: int) -> None:
+    def __init__(self, groups: Sequence[Sequence[_Option]], current: Sequence[int], tokens: int) -> None:
         self.groups, self.current, self.tokens, self.tried = groups, list(current), tokens, 0
-        self.whole = np.asarray(sum(group[option] for group, option in zip(groups, current, strict=True)))
+        self.whole = np.asarray(sum(group[option].sums for group, option in zip(groups, current, strict=True)))
 
     def best(self, fits: Fits) -> tuple[list[tuple[int, int]], float] | None:
         """Return the exchange of largest gain on the even draws that the odd draws confirm, and its gain there."""
         singles = [(g, o) for g, group in enumerate(self.groups) for o in range(len(group)) if o != self.current[g]]
         if not singles:
             return None
-        changes = np.stack([self.groups[g][o] - self.groups[g][self.current[g]] for g, o in singles])
-        even, odd = changes[:, ::2].reshape(len(singles), -1), changes[:, 1::2].reshape(len(singles), -1)
-        base = self.whole[::2].reshape(-1)
-        scale = 0.5 / (self.tokens * self.whole[::2].shape[0])
+        half = slice(0, None, 2)
+        even = np.stack([self._change([move], half).reshape(-1) for move in singles])
+        base = self.whole[half].reshape(-1)
+        scale = 0.5 / (self.tokens * self.whole[half].shape[0])
         linear, gram = 2.0 * even @ base, even @ even.T
-        one = scale * (linear + gram.diagonal())
+        one = scale * (linear + gram.diagonal()) + np.array([self._known([move], half)[0].sum() for move in singles])
         two = one[:, None] + one[None, :] + 2.0 * scale * gram
         candidates: list[tuple[float, tuple[int, ...]]] = [(float(one[i]), (int(i),)) for i in np.flatnonzero(one < 0.0)]
         first, second = np.nonzero(np.triu(two < 0.0, 1))
@@ -155,17 +185,32 @@ class _Search:
             if not fits(tuple(trial)):
                 continue
             self.tried += 1
-            gain = self._confirmed(odd[list(picked)].sum(axis=0))
+            gain = self._confirmed(moves)
             if gain is not None:
                 return moves, gain
             if self.tried >= _CANDIDATES:
                 return None
         return None
 
-    def _confirmed(self, change: Array) -> float | None:
-        base = self.whole[1::2]
-        change = change.reshape(base.shape)
-        lower = -0.5 * (2.0 * base * change + change * change) / self.tokens  # (K/2, n)
+    def _pairs(self, moves: Sequence[tuple[int, int]]) -> list[tuple[_Option, _Option]]:
+        return [(self.groups[g][o], self.groups[g][self.current[g]]) for g, o in moves]
+
+    def _change(self, moves: Sequence[tuple[int, int]], draws: slice) -> Array:
+        """Return what the moves change in the plan's sketch (draws, n)."""
+        return np.asarray(sum(new.sums[draws] - old.sums[draws] for new, old in self._pairs(moves)))
+
+    def _known(self, moves: Sequence[tuple[int, int]], draws: slice) -> tuple[Array, Array]:
+        """Return by how much what was measured is more than what the sketch takes it for: in the mean (n,), per draw (…, n)."""
+        pairs = self._pairs(moves)
+        n = self.whole.shape[1]
+        measured = sum(new.measured - old.measured for new, old in pairs)
+        per_draw = measured / n - np.asarray(sum(new.taken_for[draws] - old.taken_for[draws] for new, old in pairs))
+        return per_draw.mean(axis=0), per_draw
+
+    def _confirmed(self, moves: Sequence[tuple[int, int]]) -> float | None:
+        odd = slice(1, None, 2)
+        base, change = self.whole[odd], self._change(moves, odd)
+        lower = -0.5 * (2.0 * base * change + change * change) / self.tokens - self._known(moves, odd)[1]  # (K/2, n)
         per_draw = lower.sum(axis=1)
         gain = float(per_draw.mean())
         # Draws of a sample share its values; draws are independent.

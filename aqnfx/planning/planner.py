@@ -61,7 +61,7 @@ def plan(
     placed = placements(ready.program, problem, smap)  # before the passes: a map of another model is refused here
     scored = score_options(ready.program, problem, chosen, wanted, progress)
     tell("spot checks and choosing")
-    scored = check_options(ready.program, scored, chosen, wanted)
+    scored = check_options(ready.program, scored, chosen, wanted, progress)
     picked, refined = choose(scored, wanted)
     made = _record(scored, picked, refined, wanted)
     for module, place in placed.items():
@@ -191,7 +191,7 @@ def _record(scored: Scored, picked: Sequence[int], refined: Refined | None, opti
         "predicted": {
             "kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive_kl": predicted.additive,
             "second_order_kl": predicted.second_order, "refined": tried, "estimator_spread": found.spread,
-            "truncation": found.truncation, "excess": found.excess[0], "excess_se": found.excess[1],
+            "truncation": found.truncation, "excess": found.excess.c, "excess_se": found.excess.se,
             "spot_checks": list(scored.checks), "whole_plans": list(scored.whole_plans),
         },
     }  # fmt: skip

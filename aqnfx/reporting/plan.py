@@ -95,16 +95,20 @@ def summary(plan: PrecisionPlan) -> list[str]:
             f"Of {refined['tried']} exchanges that looked better, {refined['taken']} held on other draws"
             + (": the exact additive optimum stands." if not refined["taken"] else f", a gain of {nats(refined['gain'])}.")
         )
-    if checks := found.get("spot_checks"):
-        ratios = sorted(check["measured"] / check["predicted"] for check in checks if check["predicted"] > 0)
+    checks = [check for check in found.get("spot_checks", ()) if check["predicted"] > 0]
+    if checks:
+        ratios = sorted(check["measured"] / check["predicted"] for check in checks)
+        decide = sum(check["decides"] for check in checks)
+        which = f"{decide} that decide and the least known" if 0 < decide < len(checks) else "those that decide"
         lines.append(
-            f"Spot checks: {len(ratios)} single choices that decide measured {ratios[0]:.2f} to {ratios[-1]:.2f} of what was"
-            " predicted; the plan is made with what was measured."
+            f"Spot checks: {len(checks)} single choices, {which if decide else 'the least known'}, measured {ratios[0]:.2f} to"
+            f" {ratios[-1]:.2f} of what was predicted; the plan is made with what was measured."
         )
     if wholes := found.get("whole_plans"):
         said = ", ".join(
             f"{plan} {nats(measured)} ({measured / second:.2f} of second order)"
             for plan, measured, second in ((row["plan"], row["measured"], row["second_order"]) for row in wholes)
+            if second > 0.0
         )
         lines.append(f"Whole plans measured on the samples that chose: {said}; predictions have that excess.")
     if plan.coupling.get("mode") == "fused" and plan.coupling.get("kl_without") is not None:
@@ -186,7 +190,8 @@ def plan_markdown(plan: PrecisionPlan, *, picture: Path | None = None) -> str:
         lines += ["", "## Best predicted KL by budget", ""]
         lines += [f"![frontier]({picture.name})", ""] if picture is not None else []
         lines += table(("Bits", "Predicted KL", "Standard error"), rows, right=(0, 1, 2))
-    lines += ["", "## Modules", "", *table(_columns(plan), expensive(plan, len(plan.modules)), right=(2, 3, 4))]
+    right = (2, 3) if plan.rule == "threshold" else (2, 3, 4)
+    lines += ["", "## Modules", "", *table(_columns(plan), expensive(plan, len(plan.modules)), right=right)]
     if why := explained(plan, WORST):
         lines += ["", f"## Why the {WORST} most expensive are", ""]
         lines += [f"- `{md(module)}` in {md(choice)}: {md('; '.join(texts))}." for module, choice, texts in why]

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aqnfx.errors import InputError
 from aqnfx.graph.sites import Role
+from aqnfx.planning import checks
 from aqnfx.planning.checks import SINGLES, check_options, deciding, priced
 from aqnfx.planning.choose import Scored, choose, flat
-from aqnfx.planning.costs import Costs
+from aqnfx.planning.costs import NO_EXCESS, Costs, Excess
 from aqnfx.planning.evaluate import measure_plans
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.menu import Part, parse_menu
@@ -38,7 +40,7 @@ def made(kl, noise) -> Scored:
     found = Costs(
         index={key: row for row, key in enumerate(keys)}, columns=np.zeros((len(keys), 4, 8)), per_sample=TOKENS, kl=flat_kl,
         noise=np.asarray(noise, dtype=np.float64).reshape(-1), unbiased=flat_kl, elementwise=flat_kl, spread=0.1,
-        measured=np.zeros(len(keys), dtype=bool), truncation=0.0, excess=(0.0, 0.0),
+        measured=np.zeros(len(keys), dtype=bool), truncation=0.0, excess=NO_EXCESS,
     )  # fmt: skip
     problem = Problem(
         parts=parts, options={part.module: MENU for part in parts},
@@ -59,16 +61,50 @@ def test_runs_go_to_the_options_that_separate_choices() -> None:
     gaps = [float(total[1] - total[0]) for total in totals]
     assert gaps[0] < gaps[1] < gaps[2] <= 1e-9 <= gaps[4] < gaps[5]
     known = dataclasses.replace(scored.costs, measured=np.ones(12, dtype=bool))
-    assert deciding(dataclasses.replace(scored, costs=known), options, 4) == []
+    assert deciding(dataclasses.replace(scored, costs=known), options, 4) == {}
+    assert all(deciding(scored, options, 2).values())
 
 
 def test_without_a_question_the_least_known_parts_of_the_plan_are_measured() -> None:
-    coarse = np.array([0.2, 0.2, 0.2, 1e-4, 2e-4])
-    noise = np.stack([[0.001, 0.002, 0.003, 1e-6, 2e-6], np.full(5, 1e-12)], axis=1)
-    scored = made(np.stack([coarse, 1e-9 * coarse], axis=1), noise)
-    options = PlanOptions(avg_bits=4.5 + 3 * 0.8)  # three of five parts in 8 bits
-    assert choose(scored, options)[0] == (1, 1, 1, 0, 0)
-    assert deciding(scored, options, 2) == [scored.costs.index["m4", "int4:g32"], scored.costs.index["m3", "int4:g32"]]
+    coarse = np.full(5, 0.2)
+    noise = np.stack([np.full(5, 0.01), [1e-6, 2e-6, 3e-6, 4e-6, 5e-6]], axis=1)
+    scored = made(np.stack([coarse, 0.005 * coarse], axis=1), noise)
+    options = PlanOptions(avg_bits=16.0)  # room for all of them
+    assert choose(scored, options)[0] == (1, 1, 1, 1, 1)
+    rows = [scored.costs.index["m4", "int8:g32"], scored.costs.index["m3", "int8:g32"]]
+    assert list(deciding(scored, options, 2).items()) == [(row, False) for row in rows]
+
+
+def test_fused_groups_measure_what_their_gap_is_made_of() -> None:
+    """Two groups of three parts, of which one is close to the price: its coarse members are what is in question."""
+    coarse = np.array([0.1, 0.12, 0.09, 0.1, 0.1, 0.101, 0.02, 0.03])
+    loose = made(np.stack([coarse, 0.001 * coarse], axis=1), np.stack([0.1 * coarse, 1e-5 * coarse], axis=1))
+    groups = (
+        *(Group(members=members, choices=MENU, reason="shared input") for members in ((0, 1, 2), (3, 4, 5))),
+        *(Group(members=(n,), choices=MENU) for n in (6, 7)),
+    )
+    fused = dataclasses.replace(loose, problem=dataclasses.replace(loose.problem, groups=groups))
+    found = deciding(fused, PlanOptions(avg_bits=6.0), 6)
+    assert {row for row, decides in found.items() if decides} == {0, 2, 4, 6, 8, 10}
+
+
+def test_a_ceiling_of_kl_gets_the_smallest_plan_that_keeps_it() -> None:
+    coarse = np.full(40, 0.02)
+    scored = made(np.stack([coarse, 1e-6 * coarse], axis=1), np.full((40, 2), 1e-9))
+    for c in (0.0, 0.9, 5.0):
+        bent = dataclasses.replace(scored, costs=dataclasses.replace(scored.costs, excess=Excess(c=c, se=0.0, most=9.0)))
+        for ceiling in (0.1, 0.3, 0.6):
+            picked, _ = choose(bent, PlanOptions(max_kl=ceiling))
+            table = bent.problem.rows(bent.costs.index)
+            assert plan_kl(bent.costs, flat(table, picked)).kl <= ceiling
+            fewer = list(picked)
+            fewer[picked.index(1)] = 0  # one more part in 4 bits is too much
+            assert plan_kl(bent.costs, flat(table, fewer)).kl > ceiling
+    least = made(np.full((4, 2), 0.1), np.full((4, 2), 1e-9))
+    sharp = dataclasses.replace(least, costs=dataclasses.replace(least.costs, excess=Excess(c=2.0, se=0.0, most=9.0)))
+    with pytest.raises(InputError, match=r"max_kl 0\.5 cannot be kept: the least feasible is 0\.64"):
+        choose(sharp, PlanOptions(max_kl=0.5))
+    assert deciding(sharp, PlanOptions(max_kl=0.5), 2)  # whether it can be kept is not known before plans are measured
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +172,35 @@ def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path
     ready, batches, options, before = scored
     ceiling = dataclasses.replace(options, avg_bits=None, max_kl=float(before.costs.kl.sum()) / 4.0)
     assert len(check_options(ready.program, before, batches, ceiling).checks) == SINGLES
+    told: list[tuple[int, int]] = []
+    check_options(ready.program, before, batches, ceiling, lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > SINGLES * len(batches)
     fused = dataclasses.replace(options, couple="fused")
     problem = make_problem(ready.program, fused)
     grouped = score_options(ready.program, problem, batches, fused)
     assert len(check_options(ready.program, grouped, batches, fused).checks) == SINGLES
+
+
+def test_whole_plans_are_named_by_what_is_free_and_none_is_lost() -> None:
+    coarse = np.array([0.05, 0.04, 0.03])
+    scored = made(np.stack([coarse, 0.5 * coarse], axis=1), np.full((3, 2), 1e-6))
+    caches = parse_menu("int4,int6,int8")
+    cache = Part(
+        module="attention", layer=0, stack="layers", sites=((Role.KEY, "attention:sdpa:0:key"),), shape=(2, 16), summed=1,
+        channel_dim=0, native=32, cache=True,
+    )  # fmt: skip
+    problem = scored.problem
+    more = Problem(
+        parts=(*problem.parts, cache), options={**problem.options, "attention": caches, "m0": MENU[1:]},
+        groups=(Group(members=(0,), choices=MENU[1:]), *problem.groups[1:], Group(members=(3,), choices=caches)),
+    )  # fmt: skip
+    index = {**scored.costs.index} | {("attention", c.text): 6 + i for i, c in enumerate(caches)}
+    kl = np.append(scored.costs.kl, [0.03, 0.02, 0.01])
+    costs = dataclasses.replace(
+        scored.costs, index=index, kl=kl, noise=np.full(9, 1e-6), measured=np.zeros(9, dtype=bool), columns=np.zeros((9, 4, 8))
+    )
+    found = checks._whole_plans(dataclasses.replace(scored, problem=more, costs=costs))
+    assert found == {
+        "all in int4:g32, caches in int4:row": (0, 0, 0, 0), "all in int8:g32, caches in int6:row": (0, 1, 1, 1),
+        "all in int8:g32, caches in int8:row": (0, 1, 1, 2),
+    }  # fmt: skip

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aqnfx.planning.costs import EXCESS, TRUNCATION, combine, draw_error, excess_from, mean_square, truncation_from
+from aqnfx.planning.costs import (
+    EXCESS,
+    TRUNCATION,
+    Excess,
+    combine,
+    draw_error,
+    excess_from,
+    mean_square,
+    truncation_from,
+)
 
 OPTIONS, SAMPLES, TOKENS = 400, 32, 3200
 
@@ -88,15 +97,19 @@ def test_spot_checks_move_what_second_order_leaves_out() -> None:
 def test_whole_plans_say_how_far_second_order_goes() -> None:
     second = np.array([0.05, 0.2, 0.6])
     pairs, se = 0.95 * second**2, 0.03 * second
-    assert excess_from(second[:0], se[:0], pairs[:0], second[:0]) == (EXCESS, EXCESS)
-    c, error = excess_from(second, se, pairs, second + 2.0 * pairs)
-    assert c == pytest.approx(2.0, rel=0.1)
-    assert 0.05 < error < 0.5 * EXCESS
-    assert excess_from(second, se, pairs, second)[0] < 0.2
-    assert excess_from(second, se, pairs, 0.5 * second)[0] == 0.0  # never a discount
+    assert excess_from(second[:0], se[:0], pairs[:0], second[:0]) == Excess()
+    found = excess_from(second, se, pairs, second + 2.0 * pairs)
+    assert found.c == pytest.approx(2.0, rel=0.1)
+    assert 0.05 < found.se < 0.5 * EXCESS
+    assert found.most == pytest.approx(2.0 * 0.95 * 0.6)
+    assert excess_from(second, se, pairs, second).c < 0.2
+    assert excess_from(second, se, pairs, 0.5 * second).c == 0.0  # never a discount
+    # A small plan whose interactions were missed says nothing of one of a hundred times its KL.
+    assert excess_from(second[:1] / 50, se[:1] / 50, pairs[:1] / 2500, second[:1] / 40, least=0.02) == Excess()
     # Small plans cannot tell: the prior stands.
     small = 1e-3 * second
-    assert excess_from(small, se * 1e-3, 0.95 * small**2, small * 1.02)[0] == pytest.approx(EXCESS, rel=0.05)
+    assert excess_from(small, se * 1e-3, 0.95 * small**2, small * 1.02).c == pytest.approx(EXCESS, rel=0.05)
     # Where they can, it gives way: KL that sits in a few tokens.
-    c, _ = excess_from(small, se * 1e-3, 0.95 * small**2, small + 2000.0 * 0.95 * small**2)
-    assert c == pytest.approx(2000.0, rel=0.15)
+    sure = excess_from(small, se * 1e-3, 0.95 * small**2, small + 2000.0 * 0.95 * small**2)
+    assert sure.c == pytest.approx(2000.0, rel=0.15)
+    assert sure.of(small[2], 0.95 * small[2] ** 2) == pytest.approx(2000.0 * 0.95 * small[2] ** 2, rel=0.15)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from aqnfx.planning.costs import Costs, draw_error, mean_square
+from aqnfx.planning.costs import APART, NO_EXCESS, Costs, Excess, draw_error, mean_square
 from aqnfx.planning.interactions import kl_difference_error, plan_kl, refine
 
 TOKENS = np.full(16, 50.0)
 
 
-def made(columns, excess=(0.0, 0.0)) -> Costs:
+def made(columns, excess=NO_EXCESS) -> Costs:
     kl = mean_square(columns, int(TOKENS.sum()))
     return Costs(
         index={(f"m{i}", "x"): i for i in range(len(columns))}, columns=columns, per_sample=TOKENS, kl=kl,
@@ -32,13 +34,19 @@ def test_errors_that_cancel_and_errors_that_add() -> None:
 
 def test_a_plan_costs_more_than_its_second_order_and_a_part_does_not() -> None:
     columns = 3.0 * np.random.default_rng(5).normal(size=(6, 8, 16))
-    plain, more = made(columns), made(columns, excess=(2.0, 0.5))
+    plain, more = made(columns), made(columns, excess=Excess(c=2.0, se=0.5, most=9.0))
     assert plan_kl(more, [0]) == plan_kl(plain, [0])
+    assert plan_kl(more, [0]).se_here == plain.se[0]
     whole, bent = plan_kl(plain, range(6)), plan_kl(more, range(6))
     assert whole.kl == whole.second_order == bent.second_order
     assert bent.pairs == pytest.approx(whole.kl**2 - np.square(plain.kl).sum())
     assert bent.kl == pytest.approx(whole.kl + 2.0 * bent.pairs)
+    assert whole.se_here > APART * whole.kl * 0.8  # plans scatter, however well their parts are known
     assert bent.se_here > np.hypot(whole.se_here, 0.5 * bent.pairs)
+    assert bent.se > whole.se * bent.kl / whole.kl
+    # Where c was fitted the excess was no more than a tenth of second order: it is not carried further.
+    capped = plan_kl(made(columns, excess=Excess(c=1e6, se=1.0, most=0.1)), range(6))
+    assert capped.kl == pytest.approx(1.1 * whole.kl)
 
 
 def test_interactions_that_are_noise_are_hardly_believed() -> None:
@@ -74,6 +82,23 @@ def test_the_error_of_a_difference_knows_that_draws_are_shared() -> None:
     assert kl_difference_error(costs, [0], [1]) < 0.2 * kl_difference_error(costs, [0], [2])
 
 
+def refined(costs: Costs, chosen, fits):
+    return refine(costs, choices(costs), chosen, fits)
+
+
+def test_what_was_measured_is_not_refined_away() -> None:
+    """The sketch says that the first part is the dearer one to store coarsely, and measurement says the second."""
+    random = np.random.default_rng(7)
+    columns = np.stack([4.0 * random.normal(size=(8, 16)), np.zeros((8, 16)), random.normal(size=(8, 16)), np.zeros((8, 16))])
+    told = made(columns)
+    one_upgrade = lambda chosen: sum(chosen) <= 1  # noqa: E731
+    assert refined(told, (0, 1), one_upgrade).chosen == (1, 0)
+    kl = np.array([told.kl[2], 0.0, told.kl[0], 0.0])
+    known = dataclasses.replace(told, kl=kl, measured=np.ones(4, dtype=bool))
+    found = refined(known, (0, 1), one_upgrade)
+    assert (found.chosen, found.taken) == ((0, 1), 0)
+
+
 def choices(costs: Costs) -> list[list[list[int]]]:
     """Return groups of two options, rows in pairs."""
     return [[[2 * g], [2 * g + 1]] for g in range(len(costs.columns) // 2)]
@@ -84,11 +109,11 @@ def test_an_exchange_that_cancels_errors_is_found() -> None:
     first, other = random.normal(size=(2, 8, 16))
     # The second option of group 1 is a little more expensive alone and cancels what group 0 does.
     costs = made(np.stack([first, 1.2 * other, other, -first * 1.05]))
-    found = refine(costs, choices(costs), (0, 0), lambda chosen: True)
+    found = refined(costs, (0, 0), lambda chosen: True)
     assert found.chosen == (0, 1)
     assert found.taken >= 1
     assert found.gain > 0.0
-    kept = refine(costs, choices(costs), (0, 0), lambda chosen: chosen == (0, 0))
+    kept = refined(costs, (0, 0), lambda chosen: chosen == (0, 0))
     assert kept.chosen == (0, 0)
 
 
@@ -96,7 +121,7 @@ def test_noise_moves_nothing() -> None:
     moved = 0
     for seed in range(20):
         columns = np.random.default_rng(seed).normal(size=(24, 8, 16))
-        found = refine(made(columns), choices(made(columns)), (0,) * 12, lambda chosen: True)
+        found = refined(made(columns), (0,) * 12, lambda chosen: True)
         moved += found.taken
         assert found.tried > 0
     assert moved <= 1
@@ -104,5 +129,5 @@ def test_noise_moves_nothing() -> None:
 
 def test_with_one_draw_nothing_is_held_out() -> None:
     columns = np.random.default_rng(0).normal(size=(4, 1, 16))
-    found = refine(made(columns), choices(made(columns)), (0, 0), lambda chosen: True)
+    found = refined(made(columns), (0, 0), lambda chosen: True)
     assert (found.chosen, found.tried) == ((0, 0), 0)
