@@ -31,11 +31,7 @@ from aqnfx.probes.data import Batch
 Array = NDArray[np.float64]
 
 SINGLES = 8
-"""Single choices that are measured.
-
-Of 192 simulated plans of two small models, from 2 to 8 draws, these eight made all but a handful those of costs that were all
-measured, the worst 1.9 % dearer; a second round, after the first had moved the price, made no difference.
-"""
+"""Single choices that are measured: about as many runs as four draws cost."""
 WHOLE_PLANS = 3
 _CHECKED_KL = 0.3  # nats; options beyond it are no guide to a plan
 _NEAR = 5.0  # a whole plan that has a fifth of the plan's KL tells of it, one that has less does not

@@ -23,11 +23,11 @@ class PrecisionPlan:
     formats were chosen. ``coupling``: ``mode``, ``groups`` of modules that share their formats, and ``kl`` that sharing costs
     (None where it was not asked). ``modules``: module -> ``parameters``, ``chosen`` and, per option of the menu, ``bits``
     and the ``kl`` and ``se`` of that module alone, predicted or, where ``measured``, measured; ``structure``, where it stands
-    (:func:`~aqnfx.planning.placement.placements`). ``predicted``: ``kl`` in nats per token of the whole plan,
-    interactions included, its standard errors ``se`` for other samples and ``se_here`` for those that chose, what was measured
-    on these (``measured_here``), and ``additive_kl``, the sum over modules. ``measured``: scores of the plan on samples
-    that chose nothing (empty where none were kept); ``compared``: the same of uniform plans. ``frontier``: plans over
-    budgets. ``provenance``: versions, data, seeds.
+    (:func:`~aqnfx.planning.placement.placements`). ``predicted``: ``kl`` in nats per token of the whole plan, its standard
+    errors ``se`` for other samples and ``se_here`` for those that chose, what was measured on these (``measured_here``);
+    ``additive_kl``, the sum over modules, ``second_order_kl`` with interactions, ``excess`` (1/nats), what whole plans cost
+    beyond it, and the spot checks. ``measured``: scores of the plan on samples that chose nothing (empty where none were
+    kept); ``compared``: the same of uniform plans. ``frontier``: plans over budgets. ``provenance``: versions, data, seeds.
     """
 
     model: dict[str, Any]

@@ -124,9 +124,6 @@ def costs(ready: Prepared, setting: Setting) -> dict[str, Any]:
         problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
         started = time.perf_counter()
         scored = score_options(ready.program, problem, batches, options)
-        # Spot checks say how far the standard errors reach; the costs that are judged are the predictions.
-        checked = check_options(ready.program, scored, batches, options)
-        scored = dataclasses.replace(scored, costs=dataclasses.replace(scored.costs, truncation=checked.costs.truncation))
         between = time.perf_counter()
         for (module, text), kl in measured_costs(ready, problem, batches, setting.every).items():
             row = scored.costs.index[module, text]

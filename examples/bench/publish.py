@@ -310,7 +310,8 @@ def plan(record: dict[str, Any]) -> str:
 
 
 _RIVALS = {
-    "brute force": "brute force", "modelopt": "ModelOpt", "modelopt-ungrouped": "ModelOpt, ungrouped",
+    "unchecked": "ours, draws alone", "brute force": "brute force", "modelopt": "ModelOpt",
+    "modelopt-ungrouped": "ModelOpt, ungrouped",
     "autoround": "AutoRound", "nncf": "NNCF",
 }  # fmt: skip
 
@@ -327,8 +328,9 @@ def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]
 def _plans_against(record: dict[str, Any]) -> list[str]:
     draws = record["setting"]["draws"]
     lines = [
-        f"Plans without the output layer, {draws} draws and the spot checks, measured on held-out samples by one evaluator. Brute"
-        " force measures every choice by itself on the samples that choose; the other tools (`examples/bench/rivals.py` says"
+        f"Plans without the output layer, {draws} draws and the spot checks, measured on held-out samples by one evaluator. Draws"
+        " alone: without the spot checks. Brute force measures every choice by itself on the samples that choose; the other"
+        " tools (`examples/bench/rivals.py` says"
         " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
         " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
         " the difference says that ours is better (>) and worse (<). Predicted: ratio of predicted to measured KL of our plan"
@@ -357,7 +359,7 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
 
 
 def _plan_spending(record: dict[str, Any]) -> list[str]:
-    names = ("ours", *_RIVALS)
+    names = ("ours", *(name for name in _RIVALS if name != "unchecked"))
     lines = [
         "What choosing took: seconds and growth of memory in MiB, medians, in a fresh process after the model was loaded (ours:"
         " and traced). Brute force: to measure all costs.", "",
