@@ -110,7 +110,7 @@ def summary(plan: PrecisionPlan) -> list[str]:
             for plan, measured, second in ((row["plan"], row["measured"], row["second_order"]) for row in wholes)
             if second > 0.0
         )
-        lines.append(f"Whole plans measured on the samples that chose: {said}; predictions have that excess.")
+        lines.append(f"Whole plans measured on the samples that chose: {said}; predictions are corrected by what exceeds it.")
     if plan.coupling.get("mode") == "fused" and plan.coupling.get("kl_without") is not None:
         gap, error = plan.coupling["difference"], plan.coupling["se"]
         clear = error is not None and abs(gap) > 1.96 * error
