@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,9 @@ from scipy.stats import norm
 from aqnfx.graph.assignments import Assignment
 from aqnfx.graph.program import Program
 from aqnfx.planning.choose import Scored, choose, flat, group_values
-from aqnfx.planning.costs import NO_EXCESS, Costs, excess_from, truncation_from
+from aqnfx.planning.costs import NO_EXCESS, Costs, Excess, excess_from, truncation_from
 from aqnfx.planning.evaluate import measure_plans
-from aqnfx.planning.interactions import plan_kl
+from aqnfx.planning.interactions import PlanKL, plan_kl
 from aqnfx.planning.knapsack import Limit, prices
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import limits
@@ -46,42 +47,51 @@ def check_options(
     ``batches`` are those that were scored; ``progress`` is told the runs done and their number. Raises
     :class:`~aqnfx.errors.InputError` for a budget that nothing keeps.
     """
-    first = scored.costs
-    whole = _whole_plans(scored)
-    started = time.perf_counter()
+    started, first, whole = time.perf_counter(), scored.costs, _whole_plans(scored)
     worth = deciding(scored, options, SINGLES)
-    rows = list(worth)
-    plans = {f"{row}": _alone(scored, row) for row in rows}
+    plans = {f"{row}": _alone(scored, row) for row in worth}
     plans |= {name: scored.problem.assignments(chosen) for name, chosen in whole.items()}
-    found = {name: value.kl for name, value in measure_plans(program, batches, plans, progress=progress).items()} if plans else {}
-    wholes = {name: found[name] for name in whole}
-    scored = dataclasses.replace(scored, costs=_with(first, {row: found[f"{row}"] for row in rows}))
-    truncation = truncation_from(first.kl[rows], first.noise[rows], scored.costs.kl[rows])
-    made = dataclasses.replace(scored.costs, truncation=truncation)
+    measured = measure_plans(program, batches, plans, progress=progress) if plans else {}
+    made = _with(first, {row: measured[f"{row}"].kl for row in worth})
+    rows = list(worth)
+    made = dataclasses.replace(made, truncation=truncation_from(first.kl[rows], first.noise[rows], made.kl[rows]))
     table = scored.problem.rows(made.index)
-    seen = [plan_kl(made, flat(table, whole[name])) for name in wholes]
-    picked, _ = choose(dataclasses.replace(scored, costs=dataclasses.replace(made, excess=NO_EXCESS)), options)
-    excess = excess_from(
-        np.array([p.second_order for p in seen]), np.array([p.second_order_se for p in seen]),
-        np.array([p.pairs for p in seen]), np.array(list(wholes.values())),
-        least=plan_kl(made, flat(table, picked)).second_order / _NEAR,
+    seen = {name: plan_kl(made, flat(table, chosen)) for name, chosen in whole.items()}
+    known = {name: measured[name].kl for name in whole}
+    made = dataclasses.replace(made, excess=_excess(dataclasses.replace(scored, costs=made), options, seen, known))
+    return dataclasses.replace(
+        scored, costs=made, checks=_records(first, made, worth),
+        whole_plans=tuple(
+            {"plan": name, "second_order": plan.second_order, "se": plan.second_order_se, "measured": known[name]}
+            for name, plan in seen.items()
+        ),
+        facts={**scored.facts, "check_seconds": time.perf_counter() - started},
     )  # fmt: skip
-    made = dataclasses.replace(made, excess=excess)
-    se = np.hypot(first.noise, truncation * first.kl**1.5)
+
+
+def _excess(scored: Scored, options: PlanOptions, seen: Mapping[str, PlanKL], measured: Mapping[str, float]) -> Excess:
+    """Return what plans cost beyond second order, from whole plans that are not far below the plan of ``options``."""
+    plain = dataclasses.replace(scored, costs=dataclasses.replace(scored.costs, excess=NO_EXCESS))
+    picked, _ = choose(plain, options)
+    mine = plan_kl(plain.costs, flat(scored.problem.rows(plain.costs.index), picked))
+    plans = list(seen.values())
+    return excess_from(
+        np.array([p.second_order for p in plans]), np.array([p.second_order_se for p in plans]),
+        np.array([p.pairs for p in plans]), np.array([measured[name] for name in seen]), least=mine.second_order / _NEAR,
+    )  # fmt: skip
+
+
+def _records(first: Costs, made: Costs, worth: Mapping[int, bool]) -> tuple[dict[str, Any], ...]:
+    """Return what a plan records of its spot checks: predicted, its standard error, measured, and whether it may decide."""
     names = {row: key for key, row in made.index.items()}
-    singles = tuple(
+    se = np.hypot(first.noise, made.truncation * first.kl**1.5)
+    return tuple(
         {
             "module": names[row][0], "choice": names[row][1], "predicted": float(first.kl[row]), "se": float(se[row]),
-            "measured": float(made.kl[row]), "decides": worth[row],
+            "measured": float(made.kl[row]), "decides": decides,
         }
-        for row in rows
+        for row, decides in worth.items()
     )  # fmt: skip
-    plans_of = tuple(
-        {"plan": name, "second_order": plan.second_order, "se": plan.second_order_se, "measured": kl}
-        for (name, kl), plan in zip(wholes.items(), seen, strict=True)
-    )
-    facts = {**scored.facts, "check_seconds": time.perf_counter() - started}
-    return dataclasses.replace(scored, costs=made, checks=singles, whole_plans=plans_of, facts=facts)
 
 
 def deciding(scored: Scored, options: PlanOptions, count: int) -> dict[int, bool]:

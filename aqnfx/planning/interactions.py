@@ -77,8 +77,7 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     among = np.square(apart).sum() * n / (n - 1) / costs.tokens**2 - float(noise) ** 2 if n > 1 else math.inf
     return PlanKL(
         kl=second + more, se=math.hypot(here, bent * math.sqrt(max(float(among), 0.0))), se_here=here, additive=additive,
-        second_order=second,
-        second_order_se=error, pairs=pairs,
+        second_order=second, second_order_se=error, pairs=pairs,
     )  # fmt: skip
 
 

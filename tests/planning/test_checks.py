@@ -181,6 +181,25 @@ def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path
     assert len(check_options(ready.program, grouped, batches, fused).checks) == SINGLES
 
 
+def test_experts_are_checked_as_others_are(tmp_path: Path) -> None:
+    """A batch takes the place of a sample in their sketch; what is measured is the model all the same."""
+    directory = save_model(tmp_path / "mixtral", "mixtral")
+    options = PlanOptions(samples=4, eval_samples=0, draws=2, max_length=24, batch_size=2, pack=False, avg_bits=6.0)
+    ready = prepare_plan(str(directory), [line * 2 for line in TEXT * 2], options, None, lambda _: None)
+    batches = batches_of(ready, options, 0, 4)
+    before = score_options(ready.program, make_problem(ready.program, options), batches, options)
+    after = check_options(ready.program, before, batches, options)
+    experts = {part.module for part in before.problem.parts if len(part.shape) == 3}
+    measured = {check["module"]: check for check in after.checks}
+    assert experts & measured.keys()
+    for module in experts & measured.keys():
+        part = next(part for part in before.problem.parts if part.module == module)
+        choice = next(c for c in before.problem.options[module] if c.text == measured[module]["choice"])
+        alone = {"x": {module: choice.assignment(part)}}
+        assert measure_plans(ready.program, batches, alone)["x"].kl == measured[module]["measured"]
+    assert after.whole_plans[0]["plan"] == "all in int4:g32"
+
+
 def test_whole_plans_are_named_by_what_is_free_and_none_is_lost() -> None:
     coarse = np.array([0.05, 0.04, 0.03])
     scored = made(np.stack([coarse, 0.5 * coarse], axis=1), np.full((3, 2), 1e-6))

@@ -63,6 +63,12 @@ def test_replaced_weights_are_stored_weights(name: str) -> None:
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_in_half_precision_too() -> None:
+    program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build("llama").to(torch.bfloat16), sequence_length=12))
+    plan = dict.fromkeys(weights(program), Assignment(weight="int4:g16"))
+    assert measure_plans(program, work(), {"all": plan})["all"].scores["kl"].tolist() == expected(program, plan)
+
+
 def test_weights_that_are_read_elsewhere_too_go_through_nodes() -> None:
     """A head that shares its weight with the embedding: storing the head must not change the embedding."""
     tied = aqnfx.trace(build("llama", tie_word_embeddings=True), sequence_length=12)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from aqnfx.errors import InputError
 from aqnfx.planning.knapsack import Limit, least_weight, prices, solve
@@ -120,3 +121,28 @@ def test_prices_are_what_one_more_unit_saves() -> None:
     assert prices(values, [limit(17.0), free]) == pytest.approx((0.5, 0.0))
     with pytest.raises(InputError, match="no choice keeps all of size"):
         prices(values, [limit(11.0)])
+
+
+def test_prices_of_two_limits_that_bind() -> None:
+    random = np.random.default_rng(0)
+    values = [np.sort(random.gamma(1.0, size=3))[::-1] for _ in range(12)]
+    first = tuple(np.array([2.0, 4.0, 8.0]) * random.integers(1, 5) for _ in values)
+    second = tuple(np.array([1.0, 5.0, 6.0]) * random.integers(1, 5) for _ in values)
+    spans = [(sum(float(w.min()) for w in table), sum(float(w.max()) for w in table)) for table in (first, second)]
+    room = [low + 0.4 * (high - low) for low, high in spans]
+
+    def relaxed(a: float, b: float) -> float:
+        """Return the optimum of the linear relaxation, by another formulation: weights of all options in one table."""
+        found = linprog(
+            np.concatenate(values), A_ub=np.stack([np.concatenate(first), np.concatenate(second)]), b_ub=[a, b],
+            A_eq=np.kron(np.eye(len(values)), np.ones(3)), b_eq=np.ones(len(values)), bounds=(0.0, 1.0),
+        )  # fmt: skip
+        return float(found.fun)
+
+    limits = [Limit(name="bytes", weights=first, budget=room[0]), Limit(name="seconds", weights=second, budget=room[1])]
+    step = 1e-4
+    expected = (
+        (relaxed(*room) - relaxed(room[0] + step, room[1])) / step, (relaxed(*room) - relaxed(room[0], room[1] + step)) / step,
+    )  # fmt: skip
+    assert min(expected) > 1e-3
+    assert prices(values, limits) == pytest.approx(expected, rel=1e-3)
