@@ -97,9 +97,9 @@ def _records(first: Costs, made: Costs, worth: Mapping[int, bool]) -> tuple[dict
 def deciding(scored: Scored, options: PlanOptions, count: int) -> dict[int, bool]:
     """Return the rows of up to ``count`` options to measure, the most telling first, and whether each may change the plan.
 
-    At the prices of the budgets the gap between an option and the plan's own is d with standard error s; knowing it saves
-    s·φ(|d|/s) − |d|·Φ(−|d|/s) in the mean (the expected value of information), which is shared among the rows that make s. Where
-    no gap is in question, the options of the plan that are known least follow: they are what its prediction is unsure of.
+    An option and the plan's own are apart by a gap at the prices of the budgets; what knowing it saves (:func:`information`) is
+    shared among the rows that make its error. Where no gap is in question, the options of the plan that are known least follow:
+    they are what its prediction is unsure of.
     """
     found, problem = scored.costs, scored.problem
     # What plans cost beyond second order is not known yet, and bends all plans of one size alike.
@@ -113,8 +113,7 @@ def deciding(scored: Scored, options: PlanOptions, count: int) -> dict[int, bool
             s = float(np.sqrt(np.square(se[both]).sum()))
             if option == mine or s == 0.0:
                 continue
-            gap = abs(float(total[option] - total[mine]))
-            gain = s * float(norm.pdf(gap / s)) - gap * float(norm.sf(gap / s))
+            gain = information(float(total[option] - total[mine]), s)
             for row in both:
                 worth[row] = max(worth.get(row, 0.0), gain * float(se[row] / s) ** 2)
     # A thousandth of the plan's cost, shared among what may be measured, is not worth a run for the choice alone.
@@ -124,6 +123,15 @@ def deciding(scored: Scored, options: PlanOptions, count: int) -> dict[int, bool
     rest = sorted((row for row in own if se[row] > 0.0), key=lambda row: -se[row])
     order = [row for row in dict.fromkeys((*telling, *rest)) if 0.0 < found.kl[row] < _CHECKED_KL]
     return {row: worth.get(row, 0.0) > least for row in order[:count]}
+
+
+def information(gap: float, error: float) -> float:
+    """Return what knowing a gap saves in the mean: s·φ(|d|/s) − |d|·Φ(−|d|/s) for d with the standard error s, positive.
+
+    The expected value of perfect information about which of two is less (Raiffa and Schlaifer 1961, unit normal loss).
+    """
+    z = abs(gap) / error
+    return error * float(norm.pdf(z) - z * norm.sf(z))
 
 
 def priced(scored: Scored, options: PlanOptions, picked: Sequence[int]) -> list[Array]:

@@ -11,7 +11,7 @@ import pytest
 from aqnfx.errors import InputError
 from aqnfx.graph.sites import Role
 from aqnfx.planning import checks
-from aqnfx.planning.checks import SINGLES, check_options, deciding, priced
+from aqnfx.planning.checks import SINGLES, check_options, deciding, information, priced
 from aqnfx.planning.choose import Scored, choose, flat
 from aqnfx.planning.costs import NO_EXCESS, Costs, Excess
 from aqnfx.planning.evaluate import measure_plans
@@ -63,6 +63,13 @@ def test_runs_go_to_the_options_that_separate_choices() -> None:
     known = dataclasses.replace(scored.costs, measured=np.ones(12, dtype=bool))
     assert deciding(dataclasses.replace(scored, costs=known), options, 4) == {}
     assert all(deciding(scored, options, 2).values())
+
+
+@pytest.mark.parametrize(("gap", "error"), [(0.0, 0.3), (0.2, 0.3), (-0.5, 0.3), (2.0, 0.5)])
+def test_information_is_what_the_better_choice_saves(gap: float, error: float) -> None:
+    truth = gap + error * np.random.default_rng(0).normal(size=2_000_000)
+    saved = np.maximum(-np.sign(gap or 1.0) * truth, 0.0).mean()  # where the other one turns out to be less
+    assert information(gap, error) == pytest.approx(saved, rel=0.01, abs=2e-6)
 
 
 def test_without_a_question_the_least_known_parts_of_the_plan_are_measured() -> None:
