@@ -262,7 +262,7 @@ def compared(
     return {
         "plans": {name: {"kl": value.kl, **against(measured["ours"], value)} for name, value in measured.items()},
         "predicted": {"kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive": predicted.additive,
-                      "second_order": predicted.second_order, "excess": scored.costs.excess[0]},
+                      "second_order": predicted.second_order, "excess": scored.costs.excess.c},
         "measured_here": here,
         "differs_from_brute_force": sum(a != b for a, b in zip(picked, choices["brute force"], strict=True)),
         "refined": 0 if refined is None else refined.taken,
