@@ -270,7 +270,7 @@ def test_costs_of_real_models(shared_models: Path, name: str) -> None:
     """Predicted against measured KL of every fourth linear layer in five widths, and of a whole plan."""
     options = PlanOptions(
         formats="int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32", avg_bits=5.5, partial="pad", samples=16, eval_samples=0,
-        max_length=128, batch_size=16,
+        max_length=128, batch_size=16, draws=16,
     )  # fmt: skip
     ready = prepare_plan(
         str(shared_models / name), str(shared_models.parent / "data" / "tiny_stories.txt"), options, None, lambda _: None
