@@ -96,11 +96,6 @@ class Costs:
         """Number of scored tokens."""
         return int(self.per_sample.sum())
 
-    def of(self, module: str, choice: Choice) -> tuple[float, float]:
-        """Return KL and standard error of one option."""
-        row = self.index[module, choice.text]
-        return float(self.kl[row]), float(self.se[row])
-
 
 def costs(found: Predictions, parts: Sequence[Part], options: Mapping[str, Sequence[Choice]]) -> Costs:
     """Return what every option costs, from predictions whose declared perturbations hold all formats.

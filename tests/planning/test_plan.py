@@ -283,7 +283,8 @@ def test_costs_of_real_models(shared_models: Path, name: str) -> None:
     plans = {f"{p.module} {c.text}": {p.module: c.assignment(p)} for p, c in pairs} | {"plan": problem.assignments(picked)}
     found = measure_plans(ready.program, batches, plans)
     measured = np.array([found[f"{p.module} {c.text}"].kl for p, c in pairs]).reshape(len(parts), -1)
-    predicted, se = (np.array([scored.costs.of(p.module, c) for p, c in pairs]).T.reshape(2, len(parts), -1))
+    options_of = [scored.costs.index[p.module, c.text] for p, c in pairs]
+    predicted, se = (table[options_of].reshape(len(parts), -1) for table in (scored.costs.kl, scored.costs.se))
     assert spearmanr(predicted.ravel(), measured.ravel()).statistic >= 0.99
     # Nine layers have few ranks; examples/bench/plan.py takes all of them.
     assert min(spearmanr(predicted[:, i], measured[:, i]).statistic for i in range(5)) >= 0.9
