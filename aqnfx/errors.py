@@ -38,6 +38,10 @@ class SelectorError(AqnfxError):
     """A selector names something that the model does not have, or does not parse."""
 
 
+class LiveError(AqnfxError):
+    """A live model cannot be instrumented, was instrumented before, or its handle was removed."""
+
+
 class PassError(AqnfxError):
     """A pass cannot run on this program: an order violated, an option out of range, nothing matched."""
 

@@ -12,6 +12,7 @@ BUILTIN = {
     "normalize": "aqnfx.passes.normalize:Normalize",
     "tag-layers": "aqnfx.passes.tag_layers:TagLayers",
     "tag-ops": "aqnfx.passes.tag_ops:TagOps",
+    "shift-ordinals": "aqnfx.passes.shift_ordinals:ShiftOrdinals",
     "decompose-attention": "aqnfx.passes.decompose_attention:DecomposeAttention",
     "insert-noise": "aqnfx.passes.insert_noise:InsertNoise",
     "insert-accumulation": "aqnfx.passes.insert_accumulation:InsertAccumulation",

@@ -32,11 +32,23 @@ def find_stacks(names: Iterable[str]) -> frozenset[str]:
     return frozenset(c for c in found if not any(c.startswith(other + ".") for other in found if other != c))
 
 
+def layer_of(module: str, layers: Iterable[tuple[str, int]]) -> tuple[str | None, int | None]:
+    """Return (stack, index) of the layer among ``layers`` that ``module`` is or lies in, (None, None) outside of all."""
+    for stack, index in layers:
+        if module == f"{stack}.{index}" or module.startswith(f"{stack}.{index}."):
+            return stack, index
+    return None, None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TagLayers(Pass):
-    """Tag every node with its innermost module, its block list (stack) and the index of its block (layer)."""
+    """Tag every node with its innermost module, its block list (stack) and the index of its block (layer).
+
+    ``stacks``: the block lists, separated by ``|``, where they are known; else they are found from the modules that ran.
+    """
 
     name: ClassVar[str] = "tag-layers"
+    stacks: str = ""
 
     def run(self, program: Program) -> None:
         """Read the module stack of every function node; nodes outside of all blocks get ``layer=None``."""
@@ -45,7 +57,8 @@ class TagLayers(Pass):
             if node.op == "call_function":
                 stack = [_REPEATED_CALL.sub("", name) for name, _ in module_stack(node)]
                 modules[node] = stack
-        stacks = find_stacks(name for stack in modules.values() for name in stack if name)
+        ran = (name for stack in modules.values() for name in stack if name)
+        stacks = frozenset(self.stacks.split("|")) if self.stacks else find_stacks(ran)
         for node, stack in modules.items():
             layer, container = None, None
             for name in stack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from aqnfx.numerics.noise import as_int32
 from aqnfx.numerics.ops import count_reference
 
 Phases = Literal["forward", "backward", "both"]
+PHASES: tuple[Phases, ...] = get_args(Phases)
 NOISE = torch.ops.aqnfx.noise.default
 COUNT = torch.ops.aqnfx.count.default
 FAKE_QUANT = torch.ops.aqnfx.fake_quant.default

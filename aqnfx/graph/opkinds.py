@@ -76,12 +76,13 @@ NAME_TO_KIND: dict[str, OpKind] = {name: kind for kind, names in _NAMES.items() 
 
 # Operations that move, select or cast values without arithmetic: never a site.
 MOVES = frozenset({
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "contiguous", "clone",
-    "detach", "alias", "to", "_to_copy", "type_as", "float", "half", "bfloat16", "slice", "select", "narrow", "getitem", "expand",
-    "expand_as", "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "split_with_sizes", "unbind", "cat",
-    "concat", "stack", "index", "index_select", "gather", "index_put", "scatter", "masked_fill", "where", "dropout",
-    "native_dropout", "pad", "constant_pad_nd", "repeat", "repeat_interleave", "roll", "flip", "tril", "triu", "sort",
-    "topk", "lift_fresh", "lift_fresh_copy", "copy", "slice_scatter", "select_scatter", "movedim", "swapaxes", "unfold",
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "transpose", "permute", "t", "mT", "numpy_T", "mH",
+    "matrix_H", "adjoint", "contiguous", "clone", "detach", "alias", "to", "_to_copy", "type_as", "float", "half",
+    "bfloat16", "slice", "select", "narrow", "getitem", "expand", "expand_as", "unsqueeze", "squeeze", "flatten",
+    "unflatten", "chunk", "split", "split_with_sizes", "unbind", "cat", "concat", "stack", "index", "index_select",
+    "gather", "index_put", "scatter", "masked_fill", "where", "dropout", "native_dropout", "pad", "constant_pad_nd",
+    "repeat", "repeat_interleave", "index_copy", "index_fill", "roll", "flip", "tril", "triu", "sort", "topk",
+    "lift_fresh", "lift_fresh_copy", "copy", "slice_scatter", "select_scatter", "movedim", "swapaxes", "unfold",
     "feature_dropout", "alpha_dropout", "masked_scatter", "take_along_dim", "swapdims", "diagonal", "_conj", "real",
     "view_as_real", "view_as_complex", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
     "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "scalar_tensor", "rand_like", "size",

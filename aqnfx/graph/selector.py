@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,8 +114,7 @@ class Selector:
         for site in self.sites:
             if site not in known:
                 raise SelectorError(f"unknown site {site!r} among {len(known)}{nearest(site, known)}")
-        for pattern in self.layers:
-            _check_layer(pattern, program)
+        check_layers(self, program.layers)
         among = program.all_sites if self.roles or self.sites else program.sites
         return tuple(site for site in among if self.matches(site))
 
@@ -129,13 +128,19 @@ def _layer_matches(pattern: str, site: Site) -> bool:
     return int(match["low"]) <= site.layer <= int(match["high"] or match["low"])
 
 
-def _check_layer(pattern: str, program: Program) -> None:
+def check_layers(selector: Selector, layers: Sequence[tuple[str, int]]) -> None:
+    """Raise :class:`SelectorError` where ``selector`` names a layer that is not among ``layers``, (stack, index) pairs."""
+    for pattern in selector.layers:
+        _check_layer(pattern, layers)
+
+
+def _check_layer(pattern: str, layers: Sequence[tuple[str, int]]) -> None:
     match = _RANGE.match(pattern)
     if match is None:
         return
-    indices = [index for stack, index in program.layers if match["stack"] in (None, stack)]
+    indices = [index for stack, index in layers if match["stack"] in (None, stack)]
     if not indices:
-        stacks = sorted({stack for stack, _ in program.layers})
+        stacks = sorted({stack for stack, _ in layers})
         raise SelectorError(f"layers:{pattern}: the model has the layer stacks {', '.join(stacks) or '(none)'}")
     if int(match["high"] or match["low"]) > max(indices):
         raise SelectorError(f"layers:{pattern} is out of range; the model has layers {min(indices)}-{max(indices)}")

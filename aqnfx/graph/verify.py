@@ -11,9 +11,10 @@ import aqnfx.numerics.score  # noqa: F401  (registers the operator; the others a
 from aqnfx.errors import VerificationError
 from aqnfx.graph.controls import is_switched
 from aqnfx.graph.operands import role_of
+from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.render import target_name
 from aqnfx.graph.sites import Role
-from aqnfx.graph.tags import constant, get_tag, is_ours, module_stack, site_of, tensor_value
+from aqnfx.graph.tags import constant, get_tag, is_float, is_ours, module_stack, site_of, tensor_value
 
 Finding = tuple[Node, str]
 Rule = Callable[[GraphModule], Iterator[Finding]]
@@ -111,7 +112,8 @@ def _functional(module: GraphModule) -> Iterator[Finding]:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or get_tag(node).inserted_by is not None:
             continue
-        if target._schema.is_mutable:
+        # Caches are written in place; values that a pass may touch never are.
+        if target._schema.is_mutable and op_kind(target) is not None and is_float(node):
             yield node, f"changes its input in place ({target_name(node)})"
 
 

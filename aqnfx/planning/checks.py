@@ -31,8 +31,8 @@ from aqnfx.probes.data import Batch
 
 Array = NDArray[np.float64]
 
-SINGLES = 8
-"""Single choices that are measured: about as many runs as four draws cost."""
+SINGLES = 2
+"""Single choices that are measured: they say how far second order holds; see exchanges.py for what decides."""
 WHOLE_PLANS = 3
 _CHECKED_KL = 0.3  # nats; options beyond it are no guide to a plan
 _NEAR = 5.0  # a whole plan that has a fifth of the plan's KL tells of it, one that has less does not

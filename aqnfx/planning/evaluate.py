@@ -52,7 +52,7 @@ class _Runs:
     held: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, program: Program, plans: Mapping[str, Mapping[str, Assignment]]) -> _Runs:
+    def of(cls, program: Program, plans: Mapping[str, Mapping[str, Assignment]], base: str | None = None) -> _Runs:
         """Replace weights where that says all of a plan, and they are 256 MiB at the most: it needs no graph of its own."""
         free = _private_weights(program)
         weights, forwards = {}, {}
@@ -67,7 +67,12 @@ class _Runs:
         replay = None
         if weights:
             blocks = program if program.ran("partition-blocks") else Pipeline.parse("partition-blocks")(program)
-            replay = BlockReplay(blocks, weights=[tuple(found) for found in weights.values()], memory=_KEPT)
+            known = {} if base is None else weights.get(base, {})
+            starts = [
+                tuple(target for target in {**found, **known} if found.get(target) != known.get(target))
+                for found in weights.values()
+            ]
+            replay = BlockReplay(blocks, weights=[names for names in starts if names], memory=_KEPT)
         return cls(replay=replay, weights=weights, forwards=forwards, program=program)
 
     def clean(self, batch: Batch) -> torch.Tensor:
@@ -81,6 +86,23 @@ class _Runs:
         assert self.replay is not None  # made for the plans that are not in forwards
         return self.replay.replaced({
             target: self._weight(target, place, fmt) for target, (place, fmt) in self.weights[name].items()
+        })  # fmt: skip
+
+    def switched(self, base: str, name: str) -> torch.Tensor:
+        """Run the model as a plan stores it, where what was run before is ``base``: from the first weight that differs."""
+        assert self.replay is not None  # made for the plans that are not in forwards
+        before, after = self.weights[base], self.weights[name]
+        other = [target for target in {**before, **after} if before.get(target) != after.get(target)]
+        return self.replay.replaced({
+            target: self._weight(target, *after[target]) if target in after else attribute(self.program.module, target).detach()
+            for target in other
+        })  # fmt: skip
+
+    def based(self, base: str, batch: Batch) -> torch.Tensor:
+        """Run the model as the plan ``base`` stores it; :meth:`switched` runs of this batch follow."""
+        assert self.replay is not None  # made for the plans that are not in forwards
+        return self.replay.clean(batch, {
+            target: self._weight(target, place, fmt) for target, (place, fmt) in self.weights[base].items()
         })  # fmt: skip
 
     def _weight(self, target: str, place: Place, fmt: str) -> torch.Tensor:
@@ -142,15 +164,19 @@ class Measured:
 
 def measure_plans(
     program: Program, batches: Sequence[Batch], plans: Mapping[str, Mapping[str, Assignment]], *,
-    progress: Callable[[int, int], None] | None = None,
+    base: str | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:  # fmt: skip
     """Return the scores of the model as each of ``plans`` stores it, by the plan's name.
 
     Every batch is run clean once and then by every plan, so that what is kept does not grow with the data; a plan of weights
-    alone is run from the first block that it changes. Results are those of :func:`stored`, bit for bit. ``progress`` is
-    told the runs done and their number. Raises :class:`ProbeError` where logits are not finite.
+    alone is run from the first block that it changes, or that differs from the plan ``base``. Results are those of
+    :func:`stored`, bit for bit. ``progress`` is told the runs done and their number. Raises :class:`ProbeError` where logits
+    are not finite.
     """
-    runs, total = _Runs.of(program, plans), len(batches) * (len(plans) + 1)
+    runs, total = _Runs.of(program, plans, base), len(batches) * (len(plans) + 1)
+    if runs.forwards:
+        base = None
+    order = sorted(plans, key=lambda name: base is not None and name != base)  # the base first
     clean: list[Scores] = []
     found: dict[str, list[Scores]] = {name: [] for name in plans}
     done = 0
@@ -159,8 +185,12 @@ def measure_plans(
             known, scores = reference(batch, runs.clean(batch))
             clean.append(scores)
             done += 1
-            for name in plans:
-                found[name].append(score(known, runs.stored(name, batch)))
+            for name in order:
+                if base is None:
+                    logits = runs.stored(name, batch)
+                else:
+                    logits = runs.based(name, batch) if name == base else runs.switched(base, name)
+                found[name].append(score(known, logits))
                 done += 1
                 if progress is not None:
                     progress(done, total)

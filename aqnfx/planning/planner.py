@@ -23,7 +23,7 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import Scored, choose, flat, frontier
 from aqnfx.planning.costs import costs
-from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.exchanges import settle
 from aqnfx.planning.interactions import Refined, kl_difference_error, plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.options import PlanOptions
@@ -63,12 +63,12 @@ def plan(
     tell("spot checks and choosing")
     scored = check_options(ready.program, scored, chosen, wanted, progress)
     picked, refined = choose(scored, wanted)
+    settled = settle(ready.program, scored, chosen, wanted, picked, progress)
+    picked = settled.chosen
     made = _record(scored, picked, refined, wanted)
     for module, place in placed.items():
         made["modules"][module]["structure"] = place
-    made["predicted"]["measured_here"] = measure_plans(
-        ready.program, chosen, {"plan": problem.assignments(picked)}
-    )["plan"].kl
+    made["predicted"] |= {"measured_here": settled.kl, "exchanges": settled.record()}
     notes = [*ready.notes, *scored.notes, *judging_notes(problem, held)]
     if held:
         tell("measuring")

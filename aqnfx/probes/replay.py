@@ -84,6 +84,7 @@ class BlockReplay:
         }
         asked = [tuple(sites) for sites in starts]
         self._starts = sorted({*map(self.first, asked), *map(self.first_reading, weights)} - {0})
+        self._base: dict[str, torch.Tensor] = {}
         self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
         counts = collections.Counter(block.fingerprint for block in self._clean)
         repeated = {fingerprint for fingerprint, count in counts.items() if count > 1}
@@ -117,8 +118,12 @@ class BlockReplay:
         wanted = set(names)
         return next((place for place, block in enumerate(self._clean) if wanted & set(block.attributes)), 0)
 
-    def clean(self, batch: Batch) -> torch.Tensor:
-        """Run the batch without noise nodes, and keep what later runs start from."""
+    def clean(self, batch: Batch, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Run the batch without noise nodes, and keep what later runs start from.
+
+        With ``weights`` in place of the parameters of these names: the runs that follow have them too, but for what they replace.
+        """
+        self._base = dict(weights or {})
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         names = [n.name for n in self._program.graph.nodes if n.op == "placeholder"]
         bound = self._program.bind(**{name: given[name] for name in self._program.signature.tensor_names})
@@ -207,7 +212,7 @@ class BlockReplay:
     def _step(
         self, block: Block, place: int, values: Values, weights: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        known = self._weights if weights is None else collections.ChainMap(dict(weights), self._weights)
+        known = collections.ChainMap(dict(weights or {}), self._base, self._weights)
         arguments = [values[name] for name in block.inputs] + [known[name] for name in block.attributes]
         values.update(zip(block.outputs, self._call(block)(*arguments), strict=True))
         for name in [n for n in values if self._last.get(n, -1) <= place]:

@@ -33,6 +33,7 @@ from aqnfx.numerics.stats import paired_difference
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import Scored, choose
 from aqnfx.planning.evaluate import Measured, measure_plans
+from aqnfx.planning.exchanges import settle
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.menu import Choice, parse_choice
@@ -64,7 +65,7 @@ class Setting:
     """
 
     samples: int = 32
-    held: int = 128
+    held: int = 384
     length: int = 160
     draws: int = PlanOptions(avg_bits=16.0).draws
     cost_draws: int = 16
@@ -225,7 +226,7 @@ def _one_choice(model: str, data: Path, setting: Setting, menu: str, bits: float
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, started = _resident("VmRSS"), time.perf_counter()
     scored = check_options(ready.program, score_options(ready.program, problem, batches, options), batches, options)
-    choose(scored, options)
+    settle(ready.program, scored, batches, options, choose(scored, options)[0])
     return {"seconds": time.perf_counter() - started, "memory_mib": _resident("VmHWM") - before}
 
 
@@ -242,9 +243,13 @@ def compared(
     unchecked, _ = choose(scored, options)
     scored = check_options(ready.program, scored, batches, options)
     additive, _ = choose(scored, dataclasses.replace(options, refine=False))
-    picked, refined = choose(scored, options)
+    chosen, refined = choose(scored, options)
+    settled = settle(ready.program, scored, batches, options, chosen)
+    picked = settled.chosen
     values = [np.array([brute[problem.parts[g.members[0]].module, c.text] for c in g.choices]) for g in problem.groups]
-    choices = {"ours": picked, "unchecked": unchecked, "additive": additive, "brute force": solve(values, budgets)}
+    choices = {
+        "ours": picked, "unchecked": unchecked, "additive": additive, "unsettled": chosen, "brute force": solve(values, budgets)
+    }
     plans_of = {name: problem.assignments(c) for name, c in choices.items()}
     parts = {part.module: part for part in problem.parts}
     for name, chosen in others.items():
@@ -258,12 +263,11 @@ def compared(
     measured = measure_plans(ready.program, held, plans_of)
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]
     predicted = plan_kl(scored.costs, rows)
-    here = measure_plans(ready.program, batches, {"ours": problem.assignments(picked)})["ours"].kl
     return {
         "plans": {name: {"kl": value.kl, **against(measured["ours"], value)} for name, value in measured.items()},
         "predicted": {"kl": predicted.kl, "se": predicted.se, "se_here": predicted.se_here, "additive": predicted.additive,
                       "second_order": predicted.second_order, "excess": scored.costs.excess.c},
-        "measured_here": here,
+        "measured_here": settled.kl,
         "differs_from_brute_force": sum(a != b for a, b in zip(picked, choices["brute force"], strict=True)),
         "refined": 0 if refined is None else refined.taken,
     }  # fmt: skip

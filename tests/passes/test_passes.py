@@ -51,6 +51,8 @@ SPECS = [
     ("tag-layers,tag-ops", 'insert-accumulation{where="ops:core" element=fp16 every=4 controls=true}'),
     ("tag-layers,tag-ops,insert-accumulation", "lower-ops"),
     ("tag-layers,tag-ops", 'insert-scan{where="ops:core,roles:input|key" formats=mxfp4|int8:channel|int8:tensor}'),
+    ("tag-layers,tag-ops", 'shift-ordinals{starts="blocks.0:add:2|blocks.1.up:linear:1"}'),
+    ("", "tag-layers{stacks=blocks}"),
     ("tag-layers,tag-ops", "apply-plan{gradient=fp8_e5m2 controls=true}"), ("tag-layers,tag-ops", "apply-plan"),
 ]  # fmt: skip
 

@@ -1,0 +1,237 @@
+"""Controls of a live model: which sites are noisy now, in whatever graphs Dynamo has made of the model so far or will."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqnfx.errors import InputError, SelectorError
+from aqnfx.graph.controls import PHASES, Phases, stem_of
+from aqnfx.graph.edit import BUFFER_PREFIX
+from aqnfx.graph.selector import Selector, check_layers, selector_from
+from aqnfx.graph.sites import Site
+from aqnfx.numerics.noise import as_int32
+
+RUN = f"{BUFFER_PREFIX}noise_run"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What ``noise`` was asked for: sites that ``selector`` does not match are off, None leaves a value as it was.
+
+    ``scale``: a factor on the level of each site.
+    """
+
+    selector: Selector | None = None
+    level: float | None = None
+    phases: Phases | None = None
+    channels: Any = None
+    scale: Callable[[Site], float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.level is not None and not 0.0 <= self.level < float("inf"):
+            raise InputError(f"noise level {self.level} must be finite and not negative")
+        if self.phases is not None and self.phases not in PHASES:
+            raise InputError(f"phases {self.phases!r} is not one of {', '.join(PHASES)}")
+
+
+@dataclass(slots=True, kw_only=True)
+class _SiteState:
+    site: Site
+    default: tuple[float, float] | None = None  # forward and backward level, as the pass left them
+    widths: dict[str, int] = field(default_factory=dict)  # name of a mask -> number of channels
+    levels: tuple[float, float] = (0.0, 0.0)
+
+
+class LiveControls:
+    """The control tensors of one live model, by name; graphs read them anew at every call.
+
+    A control is never written in place: setting one puts another tensor in its place, so that the backward pass of a
+    forward that has run keeps what that forward had. ``tensors`` are inputs of the graphs. ``layers``: (stack, index) pairs
+    of the model. Not for several threads that set controls of the same model.
+    """
+
+    def __init__(self, layers: tuple[tuple[str, int], ...] = ()) -> None:
+        self.layers = layers
+        self.tensors: dict[str, Tensor] = {}
+        self.seed, self.step, self.row_offset = 0, 0, 0
+        self._sites: dict[str, _SiteState] = {}
+        self._settings: list[Setting] = [Setting()]
+        self._flush: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        self.put_run()
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Sites with a control in the graphs that were captured so far, by id."""
+        return {name: state.site for name, state in self._sites.items()}
+
+    def levels(self, site: str) -> tuple[float, float]:
+        """Return the forward and the backward level that ``site`` has now."""
+        return self._sites[site].levels
+
+    # Graphs ----------------------------------------------------------------------------------------------------------
+
+    def adopt(self, name: str, value: Tensor, site: Site | None) -> str:
+        """Take a control buffer of a new graph and return the name that its tensor has here.
+
+        Graphs of one model share the tensor of a name. A mask of channels that has another width in another graph (a
+        dimension that Dynamo fixed at first) is another tensor.
+        """
+        with self._lock:
+            known = self.tensors.get(name)
+            if known is not None and known.shape != value.shape:
+                name = f"{name}_{'x'.join(map(str, value.shape))}"
+            if name not in self.tensors:
+                self.tensors[name] = value.detach().clone()
+            if site is None:
+                return name
+            stem = BUFFER_PREFIX + stem_of(site.id)
+            state = self._sites.setdefault(site.id, _SiteState(site=site))
+            if name == f"{stem}_level" and state.default is None:
+                state.default = (float(value[0]), float(value[1]))
+            elif name.startswith(f"{stem}_channels"):
+                state.widths[name] = value.numel()
+            if state.default is not None:
+                self._apply(state)
+            return name
+
+    def on_flush(self, flush: Callable[[], None]) -> None:
+        """Call ``flush`` before levels change: it books the calls that were made with those of before."""
+        self._flush.append(flush)
+
+    def flush(self) -> None:
+        """Book what ran so far."""
+        for flush in self._flush:
+            flush()
+
+    def put_run(self) -> None:
+        """Make seed, step and row offset those that the next call reads."""
+        run = [as_int32(int(value)) for value in (self.seed, self.step, self.row_offset)]
+        device = next(iter(self.tensors.values())).device if self.tensors else "cpu"
+        self.tensors[RUN] = torch.tensor(run, dtype=torch.int32, device=device)
+
+    # Settings --------------------------------------------------------------------------------------------------------
+
+    def make(
+        self, *, where: str | None = None, layers: Iterable[int | str] | int | str | None = None,
+        ops: Iterable[str] | str | None = None, modules: Iterable[str] | str | None = None,
+        sites: Iterable[str] | str | None = None, **rest: Any,
+    ) -> Setting:  # fmt: skip
+        """Return a checked setting; raises :class:`SelectorError` for layers and sites that the model does not have."""
+        if where is not None and any(value is not None for value in (layers, ops, modules, sites)):
+            raise InputError("choose the sites by where= or by layers=, ops=, modules=, sites=, not by both")
+        chosen = [layers] if isinstance(layers, (int, str)) else layers
+        selector = Selector.parse(where) if where else selector_from(layers=chosen, ops=ops, modules=modules, sites=sites)
+        setting = Setting(selector=selector, **rest)
+        if selector is not None:
+            check_layers(selector, self.layers)
+            if self._sites and not self.selects_any(setting):
+                raise nothing_matched(setting, self)
+        self._check_channels(setting)
+        return setting
+
+    def selects_any(self, setting: Setting) -> bool:
+        """Return whether a setting selects a site of the graphs that there are."""
+        return setting.selector is None or any(setting.selector.matches(site) for site in self.sites.values())
+
+    def _check_channels(self, setting: Setting) -> None:
+        if setting.channels is None:
+            return
+        chosen = [s for s in self._sites.values() if setting.selector is None or setting.selector.matches(s.site)]
+        for state in chosen:
+            if not state.widths:
+                raise InputError(f"{state.site.id} has no fixed channel dimension, so noise cannot be restricted to channels")
+            for width in state.widths.values():
+                channel_mask(setting.channels, width, state.site.id)
+
+    def push(self, setting: Setting) -> None:
+        """Make ``setting`` hold on top of those before it."""
+        self._settings.append(setting)
+        self._apply_all()
+
+    def pop(self, setting: Setting) -> None:
+        """Take back a setting that was pushed."""
+        self._settings = [one for one in self._settings if one is not setting]
+        self._apply_all()
+
+    def replace(self, setting: Setting) -> None:
+        """Make ``setting`` what holds below all that are pushed."""
+        self._settings[0] = setting
+        self._apply_all()
+
+    def _apply_all(self) -> None:
+        with self._lock:
+            self.flush()
+            for state in self._sites.values():
+                self._apply(state)
+
+    def _apply(self, state: _SiteState) -> None:
+        """Compute level and channels of a site from all settings, and put other tensors where they changed."""
+        forward, backward = state.default or (0.0, 0.0)
+        channels: Any = None
+        for setting in self._settings:
+            if setting.selector is not None and not setting.selector.matches(state.site):
+                forward = backward = 0.0
+                continue
+            if setting.level is not None or setting.phases is not None:
+                level = max(forward, backward) if setting.level is None else setting.level
+                before: Phases = "both" if forward and backward else "backward" if backward else "forward"
+                phases = setting.phases or before
+                forward = level if phases != "backward" else 0.0
+                backward = level if phases != "forward" else 0.0
+            if setting.scale is not None:
+                factor = setting.scale(state.site)
+                forward, backward = forward * factor, backward * factor
+            if setting.channels is not None:
+                channels = setting.channels
+        state.levels = (forward, backward)
+        self._put(f"{BUFFER_PREFIX}{stem_of(state.site.id)}_level", torch.tensor(state.levels))
+        for name, width in state.widths.items():
+            self._put(name, torch.ones(width) if channels is None else channel_mask(channels, width, state.site.id))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        known = self.tensors[name]
+        if not torch.equal(known.cpu(), value):
+            self.tensors[name] = value.to(known.device)
+
+
+def channel_mask(channels: Any, width: int, site: str) -> Tensor:
+    """Return 1 for chosen channels and 0 for others, fp32 (width,); ``channels`` are indices or a bool mask."""
+    if isinstance(channels, Tensor) and channels.dtype == torch.bool:
+        if channels.numel() != width:
+            raise InputError(f"channel mask of shape {list(channels.shape)} given; {site} has {width} channels")
+        return channels.detach().cpu().reshape(width).to(torch.float32)
+    indices = sorted({int(c) for c in channels})
+    if not indices or indices[0] < 0 or indices[-1] >= width:
+        raise InputError(f"channels {indices[:5]} given; {site} has channels 0-{width - 1}")
+    mask = torch.zeros(width)
+    mask[indices] = 1.0
+    return mask
+
+
+def run_state(controls: LiveControls) -> dict[str, int]:
+    """Return what continues a noise stream: seed, step and row offset."""
+    return {"seed": controls.seed, "step": controls.step, "row_offset": controls.row_offset}
+
+
+def load_run_state(controls: LiveControls, state: Mapping[str, Any]) -> None:
+    """Continue the stream that :func:`run_state` described; raises :class:`InputError` for anything else."""
+    wanted = ("seed", "step", "row_offset")
+    if sorted(state) != sorted(wanted) or not all(isinstance(state[key], int) for key in wanted):
+        found = ", ".join(map(str, state)) or "nothing"
+        raise InputError(f"the state of a handle has the integers {', '.join(wanted)}; found {found}")
+    controls.seed, controls.step, controls.row_offset = (state[key] for key in wanted)
+    controls.put_run()
+
+
+def nothing_matched(setting: Setting, controls: LiveControls) -> SelectorError:
+    """Return the error of a setting that selects nothing in the graphs that there are."""
+    return SelectorError(f"{setting.selector} selects none of the {len(controls.sites)} sites with controls")
+
+
