@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import CompileContext, detect_fake_mode
-from torch.fx import GraphModule, Node
+from torch._guards import CompileContext
+from torch.fx import GraphModule
 
 from aqnfx.errors import InputError, PassError
-from aqnfx.graph.controls import COUNT, site_key, stem_of
+from aqnfx.graph.controls import site_key, stem_of
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
-from aqnfx.graph.tags import constant, get_tag, module_stack
-from aqnfx.live.controls import LiveControls
-from aqnfx.live.lowering import Lowered, Names, lower, with_regions
+from aqnfx.graph.tags import module_stack
+from aqnfx.live.code import Call, Code, compile_with
+from aqnfx.live.controls import RUN, LiveControls
+from aqnfx.live.lowering import Names, lower
 from aqnfx.live.roots import Root
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.shift_ordinals import ShiftOrdinals
@@ -35,34 +35,39 @@ INNER = ("inductor", "eager", "aot_eager")
 _MEMORY = ("insert-capture", "insert-scan", "insert-score")
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class LiveGraph:
-    """One graph of a model as it runs: the sites that have controls, and how often it ran forward and backward.
+@dataclass(slots=True, eq=False)
+class State:
+    """Which sites of a graph are noisy, forward and on gradients, the code for them, and how often it ran both ways."""
 
-    ``fragment`` is the number of the code that it was captured from: graphs of the same fragment stand for each other
-    (prefill and decoding), a graph break starts another.
-    """
-
-    fragment: int
-    sites: tuple[str, ...]
-    all_sites: tuple[str, ...]
-    modules: frozenset[str]
-    program: Program
+    forward: frozenset[str] = frozenset()
+    backward: frozenset[str] = frozenset()
+    call: Call | None = None
     forward_calls: int = 0
     backward_calls: int = 0
 
 
-_Control = tuple[str, Tensor, Site | None]
+@dataclass(slots=True, kw_only=True, eq=False)
+class LiveGraph:
+    """One graph of a model as it runs: its sites, and how often it ran with which of them on.
 
+    ``fragment`` is the number of the code that it was captured from: graphs of the same fragment stand for each other
+    (prefill and decoding), a graph break starts another. ``switched``: id of a site with controls in ``program`` -> its id in
+    the model.
+    """
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Compiled:
-    """Code of a graph: called with ``controls`` (name, value at first, site) and the graph's own ``inputs``."""
-
-    inner: Callable[..., Any]
-    controls: tuple[_Control, ...]
-    inputs: tuple[int, ...]
+    fragment: int
+    switched: Mapping[str, str]
+    all_sites: tuple[str, ...]
+    modules: frozenset[str]
     program: Program
+    states: dict[tuple[frozenset[str], frozenset[str]], State] = field(default_factory=dict)
+
+    def state(self, controls: LiveControls) -> tuple[State, frozenset[str]]:
+        """Return the state that the controls make now, and the ids in ``program`` of the sites that are on."""
+        levels = {site: controls.levels(site) for site in self.switched.values()}
+        forward, backward = (frozenset(site for site, level in levels.items() if level[phase]) for phase in (0, 1))
+        active = frozenset(own for own, site in self.switched.items() if any(levels[site]))
+        return self.states.setdefault((forward, backward), State(forward, backward)), active
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -86,7 +91,6 @@ class Backend:
     _names: Names | None = None
     _last: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _hits: dict[str, list[int]] = field(default_factory=lambda: collections.defaultdict(lambda: [0, 0]))
 
     def __post_init__(self) -> None:
         if isinstance(self.pipeline, str):
@@ -98,7 +102,6 @@ class Backend:
             raise InputError(f"inner backend {self.inner!r} is not one of {', '.join(INNER)}; or pass a callable")
         if self.model is not None:
             self._names = Names.of(self.model)
-        self.controls.on_flush(self.flush)
 
     def __repr__(self) -> str:  # Dynamo quotes it in its messages
         return f"aqnfx[{self.inner}]"
@@ -116,13 +119,13 @@ class Backend:
             stacks = "|".join(dict.fromkeys(stack for stack, _ in self.controls.layers))
             tagged = TagOps()(TagLayers(stacks=stacks)(lowered.program))
             if not tagged.sites:
-                return self._compiled(captured, list(examples))
+                return compile_with(self.inner, captured, list(examples))
             compile_id = CompileContext.current_compile_id()
             fragment = -1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id
             tagged = ShiftOrdinals(starts=self._starts())(tagged)
             assert isinstance(self.pipeline, Pipeline)
             rewritten = _allowing_empty(self.pipeline)(tagged)
-            made = self._compile(lowered, rewritten, captured, examples)
+            made = Code.of(lowered, rewritten, captured, examples, self.inner)
             sites = tuple(site.id for site in tagged.sites)
             modules = frozenset(name for node in tagged.graph.nodes for name, _ in module_stack(node))
             run = self._bind(made, fragment, sites, modules, lambda name: name)
@@ -154,24 +157,8 @@ class Backend:
         counts = collections.Counter(site.rpartition(":")[0] for graph in self.call for site in graph.all_sites)
         return "|".join(f"{key}:{count}" for key, count in sorted(counts.items()))
 
-    def _compile(
-        self, lowered: Lowered, rewritten: Program, captured: GraphModule, examples: Sequence[Any]
-    ) -> _Compiled:
-        module = rewritten.module
-        for node in reversed(list(module.graph.nodes)):
-            if node.target is COUNT:  # calls are counted on the host: a counter written in a graph costs a kernel
-                module.graph.erase_node(node)
-        module.graph.eliminate_dead_code()
-        known = {site.id: site for site in rewritten.all_sites}
-        controls, inputs = _lift(module, lowered, known)
-        module = with_regions(module, lowered.regions)
-        mode = detect_fake_mode()
-        values = [value if mode is None else mode.from_tensor(value, static_shapes=True) for _, value, _ in controls]
-        inner = self._compiled(_with_identity(module, captured), [*values, *(examples[i] for i in inputs)])
-        return _Compiled(inner=inner, controls=tuple(controls), inputs=tuple(inputs), program=rewritten)
-
     def _bind(
-        self, made: _Compiled, fragment: int, sites: Sequence[str], modules: frozenset[str], renamed: Callable[[str], str]
+        self, made: Code, fragment: int, sites: Sequence[str], modules: frozenset[str], renamed: Callable[[str], str]
     ) -> Callable[..., Any]:  # fmt: skip
         """Return what runs a compiled graph with the controls of the modules that ``renamed`` says."""
 
@@ -189,107 +176,70 @@ class Backend:
                 value = torch.full_like(value, site_key(new.id)) if part == "_key" else value
                 name, site = BUFFER_PREFIX + stem_of(new.id) + part, new
             names.append(self.controls.adopt(name, value, site))
-        noisy = [moved(site).id for name, _, site in made.controls if site is not None and name.endswith("_level")]
+        switched = {
+            site.id: moved(site).id for name, _, site in made.controls if site is not None and name.endswith("_level")
+        }
         graph = LiveGraph(
-            fragment=fragment, sites=tuple(noisy), modules=frozenset(map(renamed, modules)), program=made.program,
+            fragment=fragment, switched=switched, modules=frozenset(map(renamed, modules)), program=made.program,
             all_sites=tuple(renamed(site.rsplit(":", 2)[0]) + site[len(site.rsplit(":", 2)[0]) :] for site in sites),
         )  # fmt: skip
         self.graphs.append(graph)
-        tensors, inner, inputs = self.controls.tensors, made.inner, made.inputs
-        leads = not self.call
+        here = dict(zip((name for name, _, _ in made.controls), names, strict=True))
+        controls, leads = self.controls, not self.call
+        version, state, tensors, place = -1, State(), list[Any](), -1
 
         def run(*values: Any) -> Any:
-            graph.forward_calls += 1
+            nonlocal version, state, tensors, place
             if leads and not self.managed:
                 self.start()
             self.call[graph] = None
-            outputs = inner(*[tensors[name] for name in names], *[values[i] for i in inputs])
-            if torch.is_grad_enabled():
-                _watch(graph, outputs)
+            if version != controls.version:
+                version = controls.version
+                state, active = graph.state(controls)
+                state.call = made.call(active)
+                tensors = [controls.tensors[here[name]] for name in state.call.names]
+                place = state.call.names.index(RUN) if RUN in state.call.names else -1
+            if place >= 0:
+                tensors[place] = controls.tensors[RUN]
+            now = state
+            now.forward_calls += 1
+            assert now.call is not None
+            outputs = now.call.run(*tensors, *values)
+            if now.backward and torch.is_grad_enabled():
+                _watch(now, outputs)
             return outputs
 
         return run
 
-    def _compiled(self, module: GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        if self.inner == "eager":
-            return module.forward
-        compile_graph = lookup_backend(self.inner) if isinstance(self.inner, str) else self.inner
-        made: Callable[..., Any] = compile_graph(module, examples)
-        return made
-
     # Counters --------------------------------------------------------------------------------------------------------
-
-    def flush(self) -> None:
-        """Book the calls since the last flush with the levels that hold."""
-        for graph in self.graphs:
-            forward, backward = graph.forward_calls, graph.backward_calls
-            if not forward and not backward:
-                continue
-            graph.forward_calls -= forward
-            graph.backward_calls -= backward
-            for site in graph.sites:
-                levels = self.controls.levels(site)
-                self._hits[site][0] += forward if levels[0] else 0
-                self._hits[site][1] += backward if levels[1] else 0
 
     def hits(self) -> dict[str, dict[str, int]]:
         """Return how often noise was injected at each site since :meth:`reset_hits`: forward, and on gradients."""
-        self.flush()
-        return {site: dict(zip(("forward", "backward"), self._hits[site], strict=True)) for site in self.controls.sites}
+        found = {site: {"forward": 0, "backward": 0} for site in self.controls.sites}
+        for graph in self.graphs:
+            for state in graph.states.values():
+                for site in state.forward:
+                    found[site]["forward"] += state.forward_calls
+                for site in state.backward:
+                    found[site]["backward"] += state.backward_calls
+        return found
 
     def reset_hits(self) -> None:
         """Set every counter to 0."""
-        self.flush()
-        self._hits.clear()
+        for graph in self.graphs:
+            for state in graph.states.values():
+                state.forward_calls = state.backward_calls = 0
 
 
-def _watch(graph: LiveGraph, outputs: Any) -> None:
+def _watch(state: State, outputs: Any) -> None:
     """Count the backward pass of this call, when it comes."""
     wanted = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
     if wanted:
 
         def ran(_: Tensor) -> None:
-            graph.backward_calls += 1
+            state.backward_calls += 1
 
         torch.autograd.graph.register_multi_grad_hook(wanted, ran, mode="any")
-
-
-def _lift(module: GraphModule, lowered: Lowered, known: Mapping[str, Site]) -> tuple[list[_Control], list[int]]:
-    """Make weights and controls inputs; return the controls and the places of the other inputs, both in order."""
-    graph = module.graph
-    controls: list[_Control] = []
-    first = next(iter(graph.nodes))
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    held: dict[int, Node] = dict(zip(lowered.inputs, placeholders, strict=True))
-    front: list[Node] = []
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        name = str(node.target)
-        if name not in lowered.weights and not name.startswith(BUFFER_PREFIX):
-            continue  # a constant of the graph
-        with graph.inserting_before(first):
-            new = graph.placeholder(f"weight_{lowered.weights[name]}" if name in lowered.weights else name)
-        new.meta = dict(node.meta)
-        if name in lowered.weights:
-            held[lowered.weights[name]] = new
-        else:
-            controls.append((name, constant(module, node), known.get(str(get_tag(node).site))))
-            new._dynamo_source = None
-            front.append(new)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        first = new if first is node else first
-    order = sorted(held)
-    for index in order:
-        held[index]._dynamo_source = lowered.sources[index]
-    # Arguments are in the order of the placeholders: controls first, as they were met, then the graph's own.
-    for node in reversed([*front, *(held[index] for index in order)]):
-        if (head := next(iter(graph.nodes))) is not node:
-            head.prepend(node)
-    graph.lint()
-    module.recompile()
-    return controls, order
 
 
 def _allowing_empty(pipeline: Pipeline) -> Pipeline:
@@ -298,11 +248,3 @@ def _allowing_empty(pipeline: Pipeline) -> Pipeline:
     return Pipeline(tuple(
         dataclasses.replace(step, **empty) if hasattr(step, "allow_empty") else step for step in pipeline.passes
     ))  # fmt: skip
-
-
-def _with_identity(module: GraphModule, captured: GraphModule) -> GraphModule:
-    """Return ``module`` with what compilers read of a graph that Dynamo made."""
-    for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):
-        if key in captured.meta:
-            module.meta[key] = captured.meta[key]
-    return module

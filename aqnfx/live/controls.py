@@ -52,8 +52,9 @@ class LiveControls:
     """The control tensors of one live model, by name; graphs read them anew at every call.
 
     A control is never written in place: setting one puts another tensor in its place, so that the backward pass of a
-    forward that has run keeps what that forward had. ``tensors`` are inputs of the graphs. ``layers``: (stack, index) pairs
-    of the model. Not for several threads that set controls of the same model.
+    forward that has run keeps what that forward had. ``tensors`` are inputs of the graphs, ``layers`` the (stack, index) pairs
+    of the model; ``version`` grows with every change but that of the step. Not for several threads that set controls of the
+    same model.
     """
 
     def __init__(self, layers: tuple[tuple[str, int], ...] = ()) -> None:
@@ -62,7 +63,7 @@ class LiveControls:
         self.seed, self.step, self.row_offset = 0, 0, 0
         self._sites: dict[str, _SiteState] = {}
         self._settings: list[Setting] = [Setting()]
-        self._flush: list[Callable[[], None]] = []
+        self.version = 0
         self._lock = threading.RLock()
         self.put_run()
 
@@ -100,15 +101,6 @@ class LiveControls:
             if state.default is not None:
                 self._apply(state)
             return name
-
-    def on_flush(self, flush: Callable[[], None]) -> None:
-        """Call ``flush`` before levels change: it books the calls that were made with those of before."""
-        self._flush.append(flush)
-
-    def flush(self) -> None:
-        """Book what ran so far."""
-        for flush in self._flush:
-            flush()
 
     def put_run(self) -> None:
         """Make seed, step and row offset those that the next call reads."""
@@ -167,7 +159,6 @@ class LiveControls:
 
     def _apply_all(self) -> None:
         with self._lock:
-            self.flush()
             for state in self._sites.values():
                 self._apply(state)
 
@@ -191,6 +182,7 @@ class LiveControls:
             if setting.channels is not None:
                 channels = setting.channels
         state.levels = (forward, backward)
+        self.version += 1
         self._put(f"{BUFFER_PREFIX}{stem_of(state.site.id)}_level", torch.tensor(state.levels))
         for name, width in state.widths.items():
             self._put(name, torch.ones(width) if channels is None else channel_mask(channels, width, state.site.id))
