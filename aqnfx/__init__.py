@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from aqnfx.graph.opkinds import OpKind as OpKind
     from aqnfx.graph.program import Program as Program
     from aqnfx.graph.sites import Site as Site
+    from aqnfx.live.backend import Backend as Backend
+    from aqnfx.live.instrument import Handle as Handle
+    from aqnfx.live.instrument import instrument as instrument
     from aqnfx.numerics.metrics import critical_threshold as critical_threshold
     from aqnfx.numerics.metrics import noise_tolerance_index as noise_tolerance_index
     from aqnfx.numerics.metrics import relative_degradation as relative_degradation
@@ -43,6 +46,9 @@ _LAZY = {
     "Scan": "aqnfx.diagnosis.scan",
     "plan": "aqnfx.planning.planner",
     "PrecisionPlan": "aqnfx.planning.precision_plan",
+    "instrument": "aqnfx.live.instrument",
+    "Handle": "aqnfx.live.instrument",
+    "Backend": "aqnfx.live.backend",
     "SensitivityMap": "aqnfx.diagnosis.sensitivity",
     "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def summary(plan: PrecisionPlan) -> list[str]:
             f"Spot checks: {len(checks)} single choices, {which if decide else 'the least known'}, measured {ratios[0]:.2f} to"
             f" {ratios[-1]:.2f} of what was predicted; the plan is made with what was measured."
         )
+    lines += _exchanges(found.get("exchanges") or {})
     if wholes := found.get("whole_plans"):
         said = ", ".join(
             f"{plan} {nats(measured)} ({measured / second:.2f} of second order)"
@@ -123,6 +125,22 @@ def summary(plan: PrecisionPlan) -> list[str]:
         bits, free = plan.coupling["effective_bits"], plan.coupling["effective_bits_without"]
         lines.append(f"Coupling: {bits:.3f} bits with {len(plan.coupling['groups'])} fused groups, {free:.3f} without.")
     return lines
+
+
+def _exchanges(found: Mapping[str, Any]) -> list[str]:
+    """Return the line on switches that were run at the plan."""
+    switches = found.get("switches") or []
+    if not switches:
+        return []
+    ratios = sorted(s["measured"] / s["alone"] for s in switches if s["alone"])
+    said = f"Switches run at the plan: {len(switches)}"
+    if ratios:
+        said += f", which change {ratios[0]:.2f} to {ratios[-1]:.2f} times as much there as alone"
+    taken = sum(s["taken"] for s in switches)
+    if found["kl"] < found["kl_before"]:
+        moved = f"{nats(found['kl_before'])} to {nats(found['kl'])} nats per token"
+        return [f"{said}; the plan moved, {taken} of them taken: {moved}."]
+    return [f"{said}; the plan stands."]
 
 
 def comparison(plan: PrecisionPlan) -> list[tuple[str, ...]]:
