@@ -305,6 +305,7 @@ def main() -> None:
                       f"coverage {row['coverage']:.3f} of {row['covered_of']}")  # fmt: skip
         if "plans" in arguments.parts:
             kept = [row for row in entry.get("plans", []) if row["menu"] not in setting.menus]
+            entry["held"] = setting.held
             entry["plans"] = kept + plans(ready, setting, model, arguments.data, arguments.rivals)
         finish("plan", {"models": models, "setting": dataclasses.asdict(setting)}, arguments)
 

@@ -286,8 +286,8 @@ def plan(record: dict[str, Any]) -> str:
     setting = record["setting"]
     lines = [
         "## Precision plans: `python examples/bench/plan.py`", "",
-        described(record) + f" {setting['samples']} samples of {setting['length']} tokens that choose and {setting['held']}"
-        " others that judge; every seed takes other samples and other draws. Weights only unless a menu says more; blocks of 32,"
+        described(record) + f" {setting['samples']} samples of {setting['length']} tokens that choose; every seed"
+        " takes other samples and other draws. Weights only unless a menu says more; blocks of 32,"
         " the last of a row may be shorter; bits without scales.", "",
         f"Predicted against measured KL of every linear layer alone, {setting['cost_draws']} draws, on the samples that it was"
         " predicted from, two seeds. Spread:"
@@ -309,8 +309,29 @@ def plan(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def live(record: dict[str, Any]) -> str:
+    """Return the section on live models: tokens per second, side by side."""
+    lines = [
+        "## Live models: `python examples/bench/live.py`", "",
+        described(record) + f" Generation: {record['prompts']} prompts, {record['new_tokens']} new tokens. Training: steps of"
+        f" {record['batch'][0]} x {record['batch'][1]} tokens. Noise at all products, in training on gradients too; hooks: autograd"
+        " functions in place of products, and hooks on layers. Tokens per second, and the ratio of speeds with quartiles.", "",
+        "| model | inner | task | compiled | level 0 | noise | hooks | level 0 / compiled | noise / hooks |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        for task, found in row.get("speed", {}).items():
+            rates = " | ".join(f"{found['tokens_per_s'][kind]:.0f}" for kind in ("clean", "level 0", "noise", "hooks"))
+            off, on = found["seconds_against_clean"]["level 0"], found["speed_of_noise_against_hooks"]
+            lines.append(
+                f"| {row['model']} | {row['inner']} | {task} | {rates} | {1 / off['median']:.2f} ({1 / off['high']:.2f} to"
+                f" {1 / off['low']:.2f}) | {on['median']:.2f} ({on['low']:.2f} to {on['high']:.2f}) |"
+            )
+    return "\n".join(lines)
+
+
 _RIVALS = {
-    "unchecked": "ours, draws alone", "brute force": "brute force", "modelopt": "ModelOpt",
+    "unchecked": "ours, draws alone", "unsettled": "ours, without switches", "brute force": "brute force", "modelopt": "ModelOpt",
     "modelopt-ungrouped": "ModelOpt, ungrouped",
     "autoround": "AutoRound", "nncf": "NNCF",
 }  # fmt: skip
@@ -327,9 +348,12 @@ def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]
 
 def _plans_against(record: dict[str, Any]) -> list[str]:
     draws = record["setting"]["draws"]
+    judges = ", ".join(f"{entry['held']} for {model}" for model, entry in record["models"].items() if entry.get("plans"))
+    judges += "".join(f"; {model}: {entry['note']}" for model, entry in record["models"].items() if "note" in entry)
     lines = [
-        f"Plans without the output layer, {draws} draws and the spot checks, measured on held-out samples by one evaluator. Draws"
-        " alone: without the spot checks. Brute force measures every choice by itself on the samples that choose; the other"
+        f"Plans without the output layer, {draws} draws, the spot checks and the switches, measured by one evaluator on samples"
+        f" that chose nothing ({judges}). Draws alone: without spot checks and switches. Brute force measures every choice"
+        " by itself on the samples that choose; the other"
         " tools (`examples/bench/rivals.py` says"
         " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
         " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
@@ -359,7 +383,7 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
 
 
 def _plan_spending(record: dict[str, Any]) -> list[str]:
-    names = ("ours", *(name for name in _RIVALS if name != "unchecked"))
+    names = ("ours", *(name for name in _RIVALS if name not in ("unchecked", "unsettled")))
     lines = [
         "What choosing took: seconds and growth of memory in MiB, medians, in a fresh process after the model was loaded (ours:"
         " and traced). Brute force: to measure all costs.", "",
@@ -383,7 +407,7 @@ def main() -> None:
     parts = [_HEAD]
     sections = (
         ("noise", noise), ("sweep", sweep), ("predict", predict), ("large", large), ("scan", scan),
-        ("formats", formats), ("plan", plan), ("agreement", agreement),
+        ("formats", formats), ("plan", plan), ("agreement", agreement), ("live", live),
     )  # fmt: skip
     for name, section in sections:
         path = HERE / "results" / f"{name}.json"
