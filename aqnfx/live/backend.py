@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,7 @@ class Backend:
     graphs: list[LiveGraph] = field(default_factory=list)
     call: dict[LiveGraph, None] = field(default_factory=dict)
     managed: bool = False
-    _names: Names | None = None
+    _alive: weakref.ref[nn.Module] | None = None
     _last: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -101,7 +102,7 @@ class Backend:
         if isinstance(self.inner, str) and self.inner not in INNER:
             raise InputError(f"inner backend {self.inner!r} is not one of {', '.join(INNER)}; or pass a callable")
         if self.model is not None:
-            self._names = Names.of(self.model)
+            self._alive, self.model = weakref.ref(self.model), None  # what a model holds must not keep it
 
     def __repr__(self) -> str:  # Dynamo quotes it in its messages
         return f"aqnfx[{self.inner}]"
@@ -111,10 +112,12 @@ class Backend:
 
         A graph without floating-point operations is handed on as it is.
         """
-        names = self._names or Names(modules={}, tensors={})
+        model = None if self._alive is None else self._alive()
+        # Anew for every graph: weights may have been replaced since the last one.
+        names = Names(modules={}, tensors={}) if model is None else Names.of(model)
         with self._lock:
-            root = Root.of(captured, examples, names, self.model, self._last)
-            title = type(self.model).__name__ if self.model is not None else "live"
+            root = Root.of(captured, examples, names, model, self._last)
+            title = "live" if model is None else type(model).__name__
             lowered = lower(captured, examples, names, title=title, root=root.name)
             stacks = "|".join(dict.fromkeys(stack for stack, _ in self.controls.layers))
             tagged = TagOps()(TagLayers(stacks=stacks)(lowered.program))

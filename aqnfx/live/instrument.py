@@ -58,6 +58,7 @@ class Handle:
         self.backend = backend
         self._before: Any = model._compiled_call_impl
         self._removed = False
+        self._breaks = set(_break_reasons())  # of other models, before this one
         self._inside = threading.local()
         self._called = False
         self._call = call
@@ -192,10 +193,11 @@ class Handle:
         own = {name: {id(p) for p in module.parameters(recurse=False)} for name, module in modules.items()}
         used = {tensor for name in reached for tensor in own.get(name, ())}
         sites = self.controls.sites.values()
+        breaks = tuple(reason for reason in _break_reasons() if reason not in self._breaks)
         return Report(
             graphs=len(graphs), fragments=len({graph.fragment for graph in graphs}), sites=len(sites),
             layers=tuple(sorted({(s.stack or "", s.layer) for s in sites if s.layer is not None})),
-            unreached=tuple(name for name, tensors in own.items() if tensors - used), breaks=tuple(_break_reasons()),
+            unreached=tuple(name for name, tensors in own.items() if tensors - used), breaks=breaks,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:

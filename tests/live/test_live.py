@@ -302,12 +302,60 @@ def test_many_models_of_a_class_can_be_instrumented_one_after_the_other() -> Non
         with instrument(model, inner="eager") as handle:
             model(x)
             assert len(handle.backend.graphs) == 1
+
+
+def test_a_model_that_is_dropped_is_gone() -> None:
+    model = Tiny()
+    handle = instrument(model, inner="eager")
+    model(batch())
     reference = weakref.ref(model)
-    del model, handle
+    del model
     gc.collect()
     torch._dynamo.reset()
     gc.collect()
     assert reference() is None
+    assert handle.report().unreached == ()
+
+
+def test_weights_that_were_replaced_keep_their_names() -> None:
+    model, x = Tiny(), batch()
+    with instrument(model, inner="eager") as handle:
+        model(x)
+        names = set(handle.sites)
+        for module in (model.head, model.layers[0].up):
+            module.weight = nn.Parameter(module.weight.detach().to(torch.float64).to(torch.float32) * 2)  # type: ignore[union-attr]
+        torch._dynamo.reset()
+        model(x)
+        assert set(handle.sites) == names
+
+
+def test_autocast_and_accumulated_gradients() -> None:
+    model, x = Tiny(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        clean = model(x)
+    with instrument(model, inner="eager") as handle:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(x), clean)
+            with handle.noise(level=0.1, ops="linear", phases="both", seed=0, step=0):
+                noised = model(x)
+        assert noised.dtype == clean.dtype == torch.bfloat16
+        assert not torch.equal(noised, clean)
+
+        def accumulated() -> dict[str, torch.Tensor]:
+            model.zero_grad()
+            with handle.noise(level=0.1, ops="linear", phases="both", seed=0, step=0):
+                for part in (x[:2], x[2:4]):
+                    model(part).square().sum().backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        first = accumulated()
+        assert equal(first, accumulated())
+        model.zero_grad()
+        with handle.noise(level=0.1, ops="linear", phases="both", seed=0, step=0):
+            losses = [model(part).square().sum() for part in (x[:2], x[2:4])]
+            sum(losses).backward()  # type: ignore[union-attr]
+        again = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert all(torch.allclose(again[name], first[name], rtol=1e-4, atol=1e-4) for name in first)
 
 
 def test_a_backend_without_a_model_names_what_dynamo_names() -> None:
