@@ -91,6 +91,8 @@ class _Board:
     def change(self, **changes: Any) -> None:
         """Set switches; where a model does not have what is named, all stays as it was."""
         with self.lock:
+            for model in [model for model, handle in self.handles.items() if handle.removed]:
+                del self.handles[model]  # it could not be captured, and said so
             self.book()
             before, self.switches = self.switches, dataclasses.replace(self.switches, **changes)
             try:
@@ -113,7 +115,7 @@ class _Board:
 
     def register(self, model: nn.Module, inner: Any) -> int:
         with self.lock:
-            if model not in self.handles:
+            if model not in self.handles or self.handles[model].removed:
                 self.inner[model] = inner
                 self._instrument(model)
                 self.handles[model].set_noise(seed=self.seed)
@@ -138,7 +140,7 @@ class _Board:
 
     def book(self) -> None:
         """Add what was injected since the last time to the counters of the current phase and of the layers."""
-        for handle in self.handles.values():
+        for handle in [handle for handle in self.handles.values() if not handle.removed]:
             for name, hits in handle.stats().items():
                 site = handle.sites[name]
                 layer = self.layers.setdefault("unknown" if site.layer is None else site.layer, {"forward": 0, "backward": 0})

@@ -107,6 +107,11 @@ class Handle:
     # Controls --------------------------------------------------------------------------------------------------------
 
     @property
+    def removed(self) -> bool:
+        """Whether the model was given back: by :meth:`remove`, or because it could not be captured."""
+        return self._removed
+
+    @property
     def controls(self) -> LiveControls:
         """The control tensors; raises :class:`LiveError` after :meth:`remove`."""
         if self._removed:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aqnfx import noisy_ops
-from aqnfx.errors import InputError, SelectorError
+from aqnfx.errors import InputError, LiveError, SelectorError
 from aqnfx.live.instrument import instrument
 from tests.live.test_live import Tiny, batch, gradients
 
@@ -171,6 +171,21 @@ def test_wrong_values_change_nothing() -> None:
     with pytest.raises(InputError, match=r"its layers are in layers"):
         noisy_ops.register_layer_hooks(other, layer_pattern=".h.")
     instrument(other, inner="eager").remove()  # nothing was left behind
+
+
+def test_a_model_that_cannot_be_captured_is_forgotten() -> None:
+    class Disabled(Tiny):
+        @torch.compiler.disable
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x)
+
+    model = Disabled()
+    noisy_ops.register_layer_hooks(model)
+    with pytest.raises(LiveError, match="no graph of Disabled was captured"):
+        model(batch())
+    noisy_ops.enable_noisy_ops(0.1)  # the others can still be switched
+    assert noisy_ops.get_injection_stats()["models"] == 0
+    assert model(batch()).shape == (5, 3)
 
 
 def test_threads_may_switch() -> None:
