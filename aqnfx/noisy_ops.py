@@ -25,10 +25,11 @@ from aqnfx.errors import InputError, nearest
 from aqnfx.graph.opkinds import OP_SETS, OpKind
 from aqnfx.graph.sites import Site
 from aqnfx.live.instrument import Handle, instrument
+from aqnfx.numerics.noise import NoiseKind
 
 OPERATORS = ("matmul", "bmm", "linear", "softmax", "silu", "gelu", "layer_norm", "rms_norm")
 """Kinds that can be selected. As ever ``matmul`` means products with weights too; ``linear`` means those alone."""
-ERROR_TYPES = ("relative_gaussian", "absolute_gaussian", "rms_gaussian", "uniform", "bias")
+ERROR_TYPES = tuple(map(str, NoiseKind))
 PHASES = ("unknown", "rollout", "actor_forward", "actor_backward")
 _COUNTED = {"rollout": "rollout", "actor_forward": "actor", "actor_backward": "actor", "unknown": "unknown"}
 _ENVIRONMENT = "AQNFX_NOISE_"

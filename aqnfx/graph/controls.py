@@ -76,6 +76,37 @@ def device_of(module: GraphModule) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def by_phase(level: float, phases: Phases) -> tuple[float, float]:
+    """Return the forward and the backward level; raises :class:`InputError` for a level or phases that do not exist."""
+    if phases not in PHASES:
+        raise InputError(f"phases {phases!r} is not one of {', '.join(PHASES)}")
+    if not 0.0 <= level < float("inf"):
+        raise InputError(f"noise level {level} must be finite and not negative")
+    return level if phases != "backward" else 0.0, level if phases != "forward" else 0.0
+
+
+def phases_of(forward: float, backward: float) -> Phases:
+    """Return the phases that levels are on in, "forward" where neither is."""
+    return "both" if forward and backward else "backward" if backward else "forward"
+
+
+def channel_mask(channels: Iterable[int] | Tensor, width: int, site: str) -> Tensor:
+    """Return 1 for chosen channels and 0 for others, fp32 (width,); ``channels`` are indices or a bool mask.
+
+    Raises :class:`InputError` for a mask of another shape, and for indices that ``site`` does not have.
+    """
+    if isinstance(channels, Tensor) and channels.dtype == torch.bool:
+        if channels.shape != (width,):
+            raise InputError(f"channel mask of shape {list(channels.shape)} given; {site} has {width} channels")
+        return channels.detach().cpu().to(torch.float32)
+    indices = sorted({int(c) for c in channels})
+    if not indices or indices[0] < 0 or indices[-1] >= width:
+        raise InputError(f"channels {indices[:5]} given; {site} has channels 0-{width - 1}")
+    mask = torch.zeros(width)
+    mask[indices] = 1.0
+    return mask
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteControl:
     """Buffers of one site.
@@ -121,17 +152,12 @@ class NoiseControls:
         """Set seed, step and row offset (each any Python integer; the low 32 bits count)."""
         for index, value in enumerate((seed, step, row_offset)):
             if value is not None:
-                self.run[index] = ((int(value) + 2**31) % 2**32) - 2**31
+                self.run[index] = as_int32(int(value))
 
     def set_level(self, site: str, level: float, phases: Phases = "forward") -> None:
         """Set the noise level of one site; the phases that are not named are switched off."""
-        if phases not in ("forward", "backward", "both"):
-            raise InputError(f"phases {phases!r} is not one of forward, backward, both")
-        if not level >= 0.0 or level == float("inf"):
-            raise InputError(f"noise level {level} must be finite and not negative")
         buffer = self.sites[site].level
-        buffer[0] = level if phases != "backward" else 0.0
-        buffer[1] = level if phases != "forward" else 0.0
+        buffer[0], buffer[1] = by_phase(level, phases)
 
     def set_channels(self, site: str, channels: Iterable[int] | Tensor | None) -> None:
         """Restrict the noise of a site to ``channels`` (indices or a bool mask); None means all of them."""
@@ -142,18 +168,7 @@ class NoiseControls:
             return
         if mask is None:
             raise InputError(f"{site} has no fixed channel dimension, so noise cannot be restricted to channels")
-        if isinstance(channels, Tensor) and channels.dtype == torch.bool:
-            if channels.shape != mask.shape:
-                raise InputError(
-                    f"channel mask of shape {list(channels.shape)} given; {site} has {mask.numel()} channels"
-                )
-            mask.copy_(channels)
-            return
-        indices = sorted({int(c) for c in channels})
-        if not indices or indices[0] < 0 or indices[-1] >= mask.numel():
-            raise InputError(f"channels {indices[:5]} given; {site} has channels 0-{mask.numel() - 1}")
-        mask.fill_(False)
-        mask[indices] = True
+        mask.copy_(channel_mask(channels, mask.numel(), site))
 
     def hits(self) -> dict[str, int]:
         """Return how often each site injected forward noise since :meth:`reset_hits`."""

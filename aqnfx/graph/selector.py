@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqnfx.errors import SelectorError, nearest
-from aqnfx.graph.controls import Phases
+from aqnfx.graph.controls import Phases, phases_of
 from aqnfx.graph.operands import PRODUCTS, role_of
 from aqnfx.graph.opkinds import OP_SETS, OpKind
 from aqnfx.graph.program import Program
@@ -196,8 +196,8 @@ def select_controls(
             continue
         if level is not None or phases is not None:
             forward, backward = (float(v) for v in control.level)
-            on: Phases = "both" if forward and backward else "backward" if backward else "forward"
-            controls.set_level(site, max(forward, backward) if level is None else level, phases or on)
+            on = phases or phases_of(forward, backward)
+            controls.set_level(site, max(forward, backward) if level is None else level, on)
         if channels is not None:
             controls.set_channels(site, channels)
     controls.set_run(seed=seed, step=step, row_offset=row_offset)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aqnfx.errors import InputError, SelectorError
-from aqnfx.graph.controls import PHASES, Phases, stem_of
+from aqnfx.graph.controls import Phases, by_phase, channel_mask, phases_of, stem_of
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.selector import Selector, check_layers, selector_from
 from aqnfx.graph.sites import Site
@@ -34,10 +34,7 @@ class Setting:
     scale: Callable[[Site], float] | None = None
 
     def __post_init__(self) -> None:
-        if self.level is not None and not 0.0 <= self.level < float("inf"):
-            raise InputError(f"noise level {self.level} must be finite and not negative")
-        if self.phases is not None and self.phases not in PHASES:
-            raise InputError(f"phases {self.phases!r} is not one of {', '.join(PHASES)}")
+        by_phase(0.0 if self.level is None else self.level, self.phases or "forward")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,10 +169,7 @@ class LiveControls:
                 continue
             if setting.level is not None or setting.phases is not None:
                 level = max(forward, backward) if setting.level is None else setting.level
-                before: Phases = "both" if forward and backward else "backward" if backward else "forward"
-                phases = setting.phases or before
-                forward = level if phases != "backward" else 0.0
-                backward = level if phases != "forward" else 0.0
+                forward, backward = by_phase(level, setting.phases or phases_of(forward, backward))
             if setting.scale is not None:
                 factor = setting.scale(state.site)
                 forward, backward = forward * factor, backward * factor
@@ -191,20 +185,6 @@ class LiveControls:
         known = self.tensors[name]
         if not torch.equal(known.cpu(), value):
             self.tensors[name] = value.to(known.device)
-
-
-def channel_mask(channels: Any, width: int, site: str) -> Tensor:
-    """Return 1 for chosen channels and 0 for others, fp32 (width,); ``channels`` are indices or a bool mask."""
-    if isinstance(channels, Tensor) and channels.dtype == torch.bool:
-        if channels.numel() != width:
-            raise InputError(f"channel mask of shape {list(channels.shape)} given; {site} has {width} channels")
-        return channels.detach().cpu().reshape(width).to(torch.float32)
-    indices = sorted({int(c) for c in channels})
-    if not indices or indices[0] < 0 or indices[-1] >= width:
-        raise InputError(f"channels {indices[:5]} given; {site} has channels 0-{width - 1}")
-    mask = torch.zeros(width)
-    mask[indices] = 1.0
-    return mask
 
 
 def run_state(controls: LiveControls) -> dict[str, int]:

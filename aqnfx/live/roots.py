@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ class Root:
     """The module whose code a graph is, when it was captured (``name``) and at a call (:meth:`now`).
 
     Weights among the inputs tell: input ``place`` is the weight ``relative`` of the module. A graph without weights goes on
-    where another broke off, so it belongs to the module that ran last, or the nearest around it whose class has that code.
+    where another broke off, so it belongs to the module that ran last, or the nearest around it among ``owners``, which have
+    that code.
     """
 
     name: str
     place: int | None
     relative: str
-    classes: Mapping[str, bool]
+    owners: frozenset[str]
 
     @classmethod
     def of(
@@ -43,22 +44,22 @@ class Root:
             weights = True
             relative = _relative(getattr(getattr(node, "_dynamo_source", None), "name", ""))
             if relative and name.endswith(f".{relative}"):
-                return cls(name=name[: -len(relative) - 1], place=place, relative=relative, classes={})
+                return cls(name=name[: -len(relative) - 1], place=place, relative=relative, owners=frozenset())
         if weights or model is None or not last:
-            return cls(name="", place=None, relative="", classes={})
+            return cls(name="", place=None, relative="", owners=frozenset())
         owners = _having(captured, model)
-        root = cls(name="", place=None, relative="", classes=owners)
-        return cls(name=root._around(last), place=None, relative="", classes=owners)
+        root = cls(name="", place=None, relative="", owners=owners)
+        return cls(name=root._around(last), place=None, relative="", owners=owners)
 
     def now(self, values: Sequence[Any], names: Names, last: str) -> str:
         """Return the module whose code runs in a call with the inputs ``values``."""
         if self.place is not None:
             return names.tensors.get(id(values[self.place]), "").removesuffix(self.relative).removesuffix(".") or self.name
-        return self._around(last) if self.classes else self.name
+        return self._around(last) if self.owners else self.name
 
     def _around(self, last: str) -> str:
         """Return the module at or around ``last`` that has the code of the graph."""
-        while last and last not in self.classes:
+        while last and last not in self.owners:
             last = last.rpartition(".")[0]
         return last
 
@@ -70,18 +71,18 @@ def _relative(source: Any) -> str:
     return ".".join(part.split("['")[-1] for part in parts[1:] if "['" in part)
 
 
-def _having(captured: GraphModule, model: nn.Module) -> dict[str, bool]:
+def _having(captured: GraphModule, model: nn.Module) -> frozenset[str]:
     """Return the names of the modules whose forward holds the line that the graph begins with."""
     nodes = (node for node in captured.graph.nodes if node.op not in ("placeholder", "output"))
     traces = (str(node.meta.get("stack_trace") or "") for node in nodes)
     frame = next((match for trace in traces if (match := _FRAME.search(trace))), None)
     if frame is None:
-        return {}
+        return frozenset()
     spans: dict[type, bool] = {}
     for module in model.modules():
         if type(module) not in spans:
             spans[type(module)] = _holds(type(module).forward, frame["file"], int(frame["line"]))
-    return {name: True for name, module in model.named_modules() if name and spans[type(module)]}
+    return frozenset(name for name, module in model.named_modules() if name and spans[type(module)])
 
 
 def _holds(function: Any, file: str, line: int) -> bool:
