@@ -18,7 +18,6 @@ from torch.fx import GraphModule
 from aqnfx.errors import InputError, PassError
 from aqnfx.graph.controls import site_key, stem_of
 from aqnfx.graph.edit import BUFFER_PREFIX
-from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import module_stack
 from aqnfx.live.code import Call, Code, compile_with
@@ -52,19 +51,18 @@ class LiveGraph:
     """One graph of a model as it runs: its sites, and how often it ran with which of them on.
 
     ``fragment`` is the number of the code that it was captured from: graphs of the same fragment stand for each other
-    (prefill and decoding), a graph break starts another. ``switched``: id of a site with controls in ``program`` -> its id in
-    the model.
+    (prefill and decoding), a graph break starts another. ``switched``: id of a site with controls as the code has it -> its
+    id in the model.
     """
 
     fragment: int
     switched: Mapping[str, str]
     all_sites: tuple[str, ...]
     modules: frozenset[str]
-    program: Program
     states: dict[tuple[frozenset[str], frozenset[str]], State] = field(default_factory=dict)
 
     def state(self, controls: LiveControls) -> tuple[State, frozenset[str]]:
-        """Return the state that the controls make now, and the ids in ``program`` of the sites that are on."""
+        """Return the state that the controls make now, and the ids in the code of the sites that are on."""
         levels = {site: controls.levels(site) for site in self.switched.values()}
         forward, backward = (frozenset(site for site, level in levels.items() if level[phase]) for phase in (0, 1))
         active = frozenset(own for own, site in self.switched.items() if any(levels[site]))
@@ -84,7 +82,7 @@ class Backend:
 
     pipeline: str | Pipeline = PIPELINE
     inner: str | Callable[..., Any] = "inductor"
-    model: nn.Module | None = None
+    model: dataclasses.InitVar[nn.Module | None] = None
     controls: LiveControls = field(default_factory=LiveControls)
     graphs: list[LiveGraph] = field(default_factory=list)
     call: dict[LiveGraph, None] = field(default_factory=dict)
@@ -93,7 +91,7 @@ class Backend:
     _last: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model: nn.Module | None) -> None:
         if isinstance(self.pipeline, str):
             self.pipeline = Pipeline.parse(self.pipeline)
         names = [step.name for step in self.pipeline.passes]
@@ -101,8 +99,8 @@ class Backend:
             raise PassError(f"{wrong} keeps values of whole runs and works on traced programs; use aqnfx.trace for it")
         if isinstance(self.inner, str) and self.inner not in INNER:
             raise InputError(f"inner backend {self.inner!r} is not one of {', '.join(INNER)}; or pass a callable")
-        if self.model is not None:
-            self._alive, self.model = weakref.ref(self.model), None  # what a model holds must not keep it
+        if model is not None:
+            self._alive = weakref.ref(model)  # what a model holds must not keep it
 
     def __repr__(self) -> str:  # Dynamo quotes it in its messages
         return f"aqnfx[{self.inner}]"
@@ -183,7 +181,7 @@ class Backend:
             site.id: moved(site).id for name, _, site in made.controls if site is not None and name.endswith("_level")
         }
         graph = LiveGraph(
-            fragment=fragment, switched=switched, modules=frozenset(map(renamed, modules)), program=made.program,
+            fragment=fragment, switched=switched, modules=frozenset(map(renamed, modules)),
             all_sites=tuple(renamed(site.rsplit(":", 2)[0]) + site[len(site.rsplit(":", 2)[0]) :] for site in sites),
         )  # fmt: skip
         self.graphs.append(graph)

@@ -40,7 +40,6 @@ class Code:
     is on and nothing else was inserted, what runs is the graph as Dynamo captured it.
     """
 
-    program: Program
     controls: tuple[Control, ...]
     _module: GraphModule
     _lowered: Lowered
@@ -61,7 +60,7 @@ class Code:
         module.graph.eliminate_dead_code()
         known = {site.id: site for site in rewritten.all_sites}
         controls = _lift(module, lowered, known)
-        made = cls(program=rewritten, controls=tuple(controls), _module=module, _lowered=lowered, _captured=captured)
+        made = cls(controls=tuple(controls), _module=module, _lowered=lowered, _captured=captured)
         if inner == "eager":
             return made
         mode = detect_fake_mode()
