@@ -171,9 +171,10 @@ def test_phases_touch_what_they_name() -> None:
         assert {n["backward"] for n in handle.stats().values()} == {0, 1}
 
 
-def test_the_backward_pass_has_the_noise_of_its_forward() -> None:
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])  # the second keeps its inputs for the backward as they are
+def test_the_backward_pass_has_the_noise_of_its_forward(inner: str) -> None:
     model, x = Tiny(), batch()
-    with instrument(model, inner="eager") as handle:
+    with instrument(model, inner=inner) as handle:
 
         def run(after: bool) -> dict[str, torch.Tensor]:
             handle.load_state_dict({"seed": 1, "step": 7, "row_offset": 0})
@@ -199,8 +200,10 @@ def test_gradient_checkpointing_recomputes_the_same_noise(inner: str) -> None:
             with warnings.catch_warnings():  # transformers gave it another name in 5.20
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        with instrument(model, inner=inner) as handle, handle.noise(level=0.1, ops="core", phases="both", seed=2, step=0):
-            loss = model(**given, labels=given["input_ids"], use_cache=False).loss
+        with instrument(model, inner=inner) as handle:
+            with handle.noise(level=0.1, ops="core", phases="both", seed=2, step=0):
+                loss = model(**given, labels=given["input_ids"], use_cache=False).loss
+            # Computed again when other controls hold.
             found.append((loss.detach(), gradients(model, loss), set(handle.sites)))
     assert torch.equal(found[0][0], found[1][0])
     assert equal(found[0][1], found[1][1])
@@ -227,6 +230,38 @@ def test_parts_that_a_graph_break_separates_keep_their_names() -> None:
             broken(x)
         hits = {site for site, n in second.stats().items() if n["forward"] > 1}
         assert hits == {"layers.1:add:0", "layers.1:add:1"}
+
+
+class Outer(nn.Module):
+    """A block around blocks that break: what follows them has no weights, and is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Around() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block(breaks=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * 2.0
+
+
+def test_a_part_without_weights_belongs_to_the_module_whose_code_it_is() -> None:
+    model, x = Outer().requires_grad_(False), batch()
+    with instrument(model, inner="eager") as handle:
+        model(x)
+        assert {"layers.0:mul:0", "layers.1:mul:0", "layers.0.inner:add:1", "layers.1.inner:add:1"} <= set(handle.sites)
+        with handle.noise(level=0.1, layers=[1], ops="mul"):
+            model(x)
+        assert {site for site, n in handle.stats().items() if n["forward"]} == {"layers.1:mul:0"}
 
 
 def test_code_that_python_keeps_is_reported() -> None:
