@@ -58,6 +58,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def described(record: dict[str, Any]) -> str:
+    """Return what the figures of a record depend on, in a sentence."""
+    m = record["machine"]
+    return f"aqnfx {m['aqnfx']}, torch {m['torch']}, {m['threads']} threads, {m['cpu']} CPU."
+
+
 def finish(name: str, record: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Write the record to ``--out`` (default: results/NAME.json beside this file, which docs/benchmarks.md is made from)."""
     out = Path(arguments.out) if arguments.out else RESULTS / f"{name}.json"

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from common import described
+from publish_plans import plan
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
@@ -24,11 +25,6 @@ per-round ratios, with quartiles in brackets. Compile time is apart. Absolute ti
 
 def spread(r: dict[str, float], digits: int = 2) -> str:
     return f"{r['median']:.{digits}f}× ({r['low']:.{digits}f} to {r['high']:.{digits}f})"
-
-
-def described(record: dict[str, Any]) -> str:
-    m = record["machine"]
-    return f"aqnfx {m['aqnfx']}, torch {m['torch']}, {m['threads']} threads, {m['cpu']} CPU."
 
 
 def noise(record: dict[str, Any]) -> str:
@@ -281,34 +277,6 @@ def formats(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plan(record: dict[str, Any]) -> str:
-    """Return the section on plans: costs, coverage, and plans against those of measured costs and of other tools."""
-    setting = record["setting"]
-    lines = [
-        "## Precision plans: `python examples/bench/plan.py`", "",
-        described(record) + f" {setting['samples']} samples of {setting['length']} tokens that choose; every seed"
-        " takes other samples and other draws. Weights only unless a menu says more; blocks of 32,"
-        " the last of a row may be shorter; bits without scales.", "",
-        f"Predicted against measured KL of every linear layer alone, {setting['cost_draws']} draws, on the samples that it was"
-        " predicted from, two seeds. Spread:"
-        " standard deviation of log(predicted / measured), of the combined estimate and of the two that it is made of. Covered:"
-        " share of 95 % intervals that hold the measured KL, below 0.3 nats (asked: Spearman 0.99 over all and 0.95 within each"
-        " format, median ratio 0.9 to 1.1, 90 to 97 % covered).", "",
-        "| model | format | Spearman | median ratio | covered | of | spread | unbiased | element by element |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
-    for model, entry in record["models"].items():
-        if found := entry.get("costs"):
-            for name, row in [("all", found), *found["formats"].items()]:
-                lines.append(
-                    f"| {model} | {name} | {row['spearman']:.4f} | {row['median_ratio']:.3f} | {row['coverage']:.1%} |"
-                    f" {row['covered_of']} | {row['spread_predicted']:.3f} | {row['spread_unbiased']:.3f} |"
-                    f" {row['spread_elementwise']:.3f} |"
-                )
-    lines += ["", *_plans_against(record), "", *_plan_spending(record)]
-    return "\n".join(lines)
-
-
 def live(record: dict[str, Any]) -> str:
     """Return the section on live models: tokens per second, side by side."""
     lines = [
@@ -329,79 +297,6 @@ def live(record: dict[str, Any]) -> str:
                 f" {1 / off['low']:.2f}) | {on['median']:.2f} ({on['low']:.2f} to {on['high']:.2f}) |"
             )
     return "\n".join(lines)
-
-
-_RIVALS = {
-    "unchecked": "ours, draws alone", "unsettled": "ours, without switches", "brute force": "brute force", "modelopt": "ModelOpt",
-    "modelopt-ungrouped": "ModelOpt, ungrouped",
-    "autoround": "AutoRound", "nncf": "NNCF",
-}  # fmt: skip
-
-
-def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the first columns of a cell, model, menu and bits, and its rows: one per seed."""
-    for model, entry in record["models"].items():
-        rows = entry.get("plans", [])
-        for menu, bits in dict.fromkeys((row["menu"], row["bits"]) for row in rows):
-            cell = [row for row in rows if (row["menu"], row["bits"]) == (menu, bits)]
-            yield f"| {model} | {menu} | {bits:g} |", cell
-
-
-def _plans_against(record: dict[str, Any]) -> list[str]:
-    draws = record["setting"]["draws"]
-    judges = ", ".join(f"{entry['held']} for {model}" for model, entry in record["models"].items() if entry.get("plans"))
-    judges += "".join(f"; {model}: {entry['note']}" for model, entry in record["models"].items() if "note" in entry)
-    lines = [
-        f"Plans without the output layer, {draws} draws, the spot checks and the switches, measured by one evaluator on samples"
-        f" that chose nothing ({judges}). Draws alone: without spot checks and switches. Brute force measures every choice"
-        " by itself on the samples that choose; the other"
-        " tools (`examples/bench/rivals.py` says"
-        " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
-        " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
-        " the difference says that ours is better (>) and worse (<). Predicted: ratio of predicted to measured KL of our plan"
-        " on the samples that chose it.", "",
-        f"| model | menu | bits | ours | predicted | {' | '.join(_RIVALS.values())} |",
-        f"|---|---|---:|---:|---:|{'---|' * len(_RIVALS)}",
-    ]  # fmt: skip
-    for head, cell in _by_cell(record):
-        ratios = [row["predicted"]["kl"] / row["measured_here"] for row in cell]
-        cells = []
-        for name in _RIVALS:
-            found = [row["plans"][name] for row in cell if name in row["plans"]]
-            if not found:
-                cells.append("—")
-                continue
-            better, worse = sum(f["high"] < 0 for f in found), sum(f["low"] > 0 for f in found)
-            cells.append(
-                f"{median(f['kl'] for f in found):.4f}; {min(f['share'] for f in found):+.1%} to"
-                f" {max(f['share'] for f in found):+.1%}; {better} >, {worse} <, of {len(found)}"
-            )
-        lines.append(
-            f"{head} {median(row['plans']['ours']['kl'] for row in cell):.4f} | {min(ratios):.2f} to {max(ratios):.2f} |"
-            f" {' | '.join(cells)} |"
-        )
-    return lines
-
-
-def _plan_spending(record: dict[str, Any]) -> list[str]:
-    names = ("ours", *(name for name in _RIVALS if name not in ("unchecked", "unsettled")))
-    lines = [
-        "What choosing took: seconds and growth of memory in MiB, medians, in a fresh process after the model was loaded (ours:"
-        " and traced). Brute force: to measure all costs.", "",
-        f"| model | menu | bits | {' | '.join(_RIVALS.get(name, name) for name in names)} |",
-        f"|---|---|---:|{'---:|' * len(names)}",
-    ]  # fmt: skip
-    for head, cell in _by_cell(record):
-        spent = {name: [row["spent"][name] for row in cell if name in row["spent"]] for name in names}
-        if not spent["ours"]:
-            continue
-        cells = []
-        for found in spent.values():
-            memory = [f["memory_mib"] for f in found if "memory_mib" in f]
-            time = f"{median(f['seconds'] for f in found):.1f}" if found else "—"
-            cells.append(f"{time}, {median(memory):.0f}" if memory else time)
-        lines.append(f"{head} {' | '.join(cells)} |")
-    return lines
 
 
 def main() -> None:

@@ -14,19 +14,18 @@ import torch
 
 from aqnfx import noisy_ops
 from aqnfx.errors import InputError, LiveError, SelectorError
+from aqnfx.live.board import Board
 from aqnfx.live.instrument import instrument
-from tests.live.test_live import Tiny, batch, gradients
+from tests.live.small import Tiny, batch, gradients
 
 
 @pytest.fixture(autouse=True)
 def _fresh_board() -> Iterator[None]:
-    torch._dynamo.reset()
-    board, noisy_ops._board = noisy_ops._board, noisy_ops._Board()
+    board, noisy_ops._board = noisy_ops._board, Board()
     yield
     for model in list(noisy_ops._board.handles):
         noisy_ops.unregister_layer_hooks(model)
     noisy_ops._board = board
-    torch._dynamo.reset()
 
 
 def hits() -> dict[int | str, dict[str, int]]:
