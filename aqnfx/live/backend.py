@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from aqnfx.errors import InputError, PassError
 from aqnfx.graph.controls import site_key, stem_of
 from aqnfx.graph.edit import BUFFER_PREFIX
+from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import module_stack
 from aqnfx.live.code import Call, Code, compile_with
@@ -31,6 +32,8 @@ from aqnfx.passes.tag_ops import TagOps
 
 PIPELINE = "insert-noise{where=ops:all}"
 """What is inserted by default: noise of level 0 at every operation, so that any selection works."""
+FAST = "ops:core"
+"""Sites whose noise is written out for Inductor by default: linear layers and the products of attention."""
 INNER = ("inductor", "eager", "aot_eager")
 _MEMORY = ("insert-capture", "insert-scan", "insert-score")
 
@@ -77,7 +80,8 @@ class Backend:
     ``"inductor"``, ``"eager"``, ``"aot_eager"``, or a callable (graph module, inputs) -> callable. ``model`` gives modules
     and weights their names; without it they are those that Dynamo reports. One Backend serves one model: ``controls`` are
     its controls, ``graphs`` what was captured, ``call`` the graphs that ran in the current call of the model; where
-    ``managed``, whoever makes the calls clears it.
+    ``managed``, whoever makes the calls clears it. Inductor compiles the sites that the selector ``fast`` names once more by
+    themselves, with their noise written out; "" is none.
     """
 
     pipeline: str | Pipeline = PIPELINE
@@ -87,6 +91,8 @@ class Backend:
     graphs: list[LiveGraph] = field(default_factory=list)
     call: dict[LiveGraph, None] = field(default_factory=dict)
     managed: bool = False
+    fast: str = FAST
+    _fast: Selector | None = None
     _alive: weakref.ref[nn.Module] | None = None
     _last: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -99,6 +105,7 @@ class Backend:
             raise PassError(f"{wrong} keeps values of whole runs and works on traced programs; use aqnfx.trace for it")
         if isinstance(self.inner, str) and self.inner not in INNER:
             raise InputError(f"inner backend {self.inner!r} is not one of {', '.join(INNER)}; or pass a callable")
+        self._fast = Selector.parse(self.fast) if self.fast else None
         if model is not None:
             self._alive = weakref.ref(model)  # what a model holds must not keep it
 
@@ -126,7 +133,7 @@ class Backend:
             tagged = ShiftOrdinals(starts=self._starts())(tagged)
             assert isinstance(self.pipeline, Pipeline)
             rewritten = _allowing_empty(self.pipeline)(tagged)
-            made = Code.of(lowered, rewritten, captured, examples, self.inner)
+            made = Code.of(lowered, rewritten, captured, examples, self.inner, self._fast)
             sites = tuple(site.id for site in tagged.sites)
             modules = frozenset(name for node in tagged.graph.nodes for name, _ in module_stack(node))
             run = self._bind(made, fragment, sites, modules, lambda name: name)

@@ -15,8 +15,10 @@ from torch.fx import Graph, GraphModule, Node
 from aqnfx.graph.controls import COUNT, is_switched
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.program import Program
+from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import constant, get_tag, is_ours
+from aqnfx.live.inline_noise import compile_inlined
 from aqnfx.live.lowering import Lowered, with_regions
 
 Control = tuple[str, Tensor, Site | None]
@@ -36,21 +38,22 @@ class Code:
     """What a graph can be run as; ``controls`` are (name, value at first, site).
 
     Sites that are off cost nothing where nothing is on, and in eager mode never: nodes of sites that are off are left out.
-    A compiler is given two graphs at capture, without any and with all of them, because later it could not be. Where nothing
-    is on and nothing else was inserted, what runs is the graph as Dynamo captured it.
+    A compiler is given its graphs at capture, because later it could not be: without any, with all of them, and Inductor also
+    with those of ``fast``, whose noise is written out: more to compile, and several times as fast. Where nothing is on and
+    nothing else was inserted, what runs is the graph as Dynamo captured it.
     """
 
     controls: tuple[Control, ...]
     _module: GraphModule
     _lowered: Lowered
     _captured: GraphModule
-    _compiled: Mapping[bool, Call] | None = None
+    _compiled: Mapping[frozenset[str], Call] | None = None  # by the sites that may be on, the fewest first
     _calls: dict[frozenset[str], Call] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, lowered: Lowered, rewritten: Program, captured: GraphModule, examples: Sequence[Any],
-        inner: str | Callable[..., Any],
+        inner: str | Callable[..., Any], fast: Selector | None = None,
     ) -> Code:  # fmt: skip
         """Make the code of a rewritten graph, whose inputs at capture were ``examples``, for the backend ``inner``."""
         module = rewritten.module
@@ -67,20 +70,26 @@ class Code:
         # Their sizes are constants: they must not be taken for those of the batch.
         values = {name: value if mode is None else mode.from_tensor(value, static_shapes=True) for name, value, _ in controls}
         switches = frozenset(site.id for name, _, site in controls if site is not None and name.endswith("_level"))
-        compiled = dict[bool, Call]()
-        for active in (frozenset[str](), switches):
+        few = frozenset[str]()
+        if inner == "inductor" and fast is not None:
+            few = frozenset(site for site in switches if fast.matches(known[site]))
+        compiled = dict[frozenset[str], Call]()
+        for active in (frozenset[str](), few, switches):
+            if active in compiled:
+                continue
             graph, names = made._graph(active)
             for key in ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn"):  # what compilers read of Dynamo's graphs
                 if key in captured.meta:
                     graph.meta[key] = captured.meta[key]
             arguments = [*(values[name] for name in names), *examples]
-            compiled[bool(active)] = Call(compile_with(inner, graph, arguments), names)
+            made_of = compile_inlined(graph, arguments) if active and active == few else compile_with(inner, graph, arguments)
+            compiled[active] = Call(made_of, names)
         return dataclasses.replace(made, _compiled=compiled)
 
     def call(self, active: frozenset[str]) -> Call:
         """Return what to call where the sites ``active`` are on."""
         if self._compiled is not None:
-            return self._compiled[bool(active)]
+            return next(call for sites, call in self._compiled.items() if active <= sites)
         if active not in self._calls:
             if len(self._calls) >= _KEPT:
                 self._calls.pop(next(iter(self._calls)))

@@ -8,9 +8,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from aqnfx.errors import InputError
-from aqnfx.live.backend import INNER, PIPELINE, Backend
+from aqnfx.live.backend import FAST, INNER, PIPELINE, Backend
 
-_OPTIONS = {"pipeline": PIPELINE, "inner": INNER[0]}
+_OPTIONS = {"pipeline": PIPELINE, "inner": INNER[0], "fast": FAST}
 
 
 def aqnfx(

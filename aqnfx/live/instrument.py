@@ -16,7 +16,7 @@ from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 
 from aqnfx.errors import AqnfxError, LiveError
 from aqnfx.graph.sites import Site
-from aqnfx.live.backend import PIPELINE, Backend
+from aqnfx.live.backend import FAST, PIPELINE, Backend
 from aqnfx.live.controls import LiveControls, load_run_state, nothing_matched, run_state
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_layers import find_stacks
@@ -231,13 +231,13 @@ class Handle:
 
 def instrument(
     model: nn.Module, *, pipeline: str | Pipeline = PIPELINE, inner: str | Callable[..., Any] = "inductor",
-    dynamic: bool | None = None, fullgraph: bool = False,
+    dynamic: bool | None = None, fullgraph: bool = False, fast: str = FAST,
 ) -> Handle:  # fmt: skip
     """Let every call of ``model`` run on graphs that ``pipeline`` rewrote, and return the handle that steers them.
 
-    The model object stays the same: ``generate``, trainers and checkpoints see no difference. ``pipeline`` and ``inner``
-    are those of :class:`~aqnfx.live.backend.Backend`, ``dynamic`` and ``fullgraph`` those of ``torch.compile``. Compilation
-    happens at the first calls. Raises :class:`LiveError` where the model, or a part of it, is instrumented already.
+    The model object stays the same: ``generate``, trainers and checkpoints see no difference. ``pipeline``, ``inner`` and
+    ``fast`` are those of :class:`~aqnfx.live.backend.Backend`, ``dynamic`` and ``fullgraph`` those of ``torch.compile``.
+    Compilation happens at the first calls. Raises :class:`LiveError` where the model, or a part of it, is instrumented already.
     """
     with _LOCK:
         for name, module in model.named_modules():
@@ -245,7 +245,7 @@ def instrument(
                 what = f"its part {name}" if name else "it"
                 raise LiveError(f"{type(model).__name__} cannot be instrumented: {what} is already; remove that handle first")
         controls = LiveControls(model_layers(model))
-        backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True)
+        backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True, fast=fast)
         reference = weakref.ref(model)
         # Dynamo keeps what it compiled with the code object: one of its own for every instrumented model.
         own = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(model).__name__}"), _call.__globals__)

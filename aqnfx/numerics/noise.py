@@ -7,6 +7,7 @@ on its own row number and coordinates only, so it is the same for any batch size
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
 
 import numpy as np
@@ -40,16 +41,16 @@ def as_int32(value: int) -> int:
 # Odd multipliers of the bias-tested 32-bit mixer "lowbias32" (C. Wellons, hash-prospector, 2018-2022, public domain);
 # GOLDEN is 2**32 / golden ratio, whose multiples mod 2**32 are spread evenly, so that coordinates never collide before
 # they are mixed.
-_MIX_1, _MIX_2 = as_int32(0x7FEB352D), as_int32(0x846CA68B)
+MIX_1, MIX_2 = as_int32(0x7FEB352D), as_int32(0x846CA68B)
 GOLDEN = as_int32(0x9E3779B1)
 _PHASE_SALT = (0, as_int32(0xA511E9B3))  # forward, backward
 
 # sin(pi/2 v) on [-1, 1]: odd least-squares polynomial, absolute error below 6e-9 (below fp32 rounding).
-_SIN = (1.5707963166, -0.6459637095, 0.0796896732, -0.0046737578, 0.0001514809)
+SIN = (1.5707963166, -0.6459637095, 0.0796896732, -0.0046737578, 0.0001514809)
 
 # -2 log(1 + s) / s on [-1/3, 1/3]: least-squares polynomial at Chebyshev nodes, relative error below 2e-7.
-_LOG = (-1.9999996424, 0.9999998212, -0.6667583585, 0.5000750422, -0.3959351480, 0.3298024237, -0.3420164287, 0.3000823259)
-_TWO_THIRDS, _EXPONENT = 0x3F2AAAAB, as_int32(0xFF800000)
+LOG = (-1.9999996424, 0.9999998212, -0.6667583585, 0.5000750422, -0.3959351480, 0.3298024237, -0.3420164287, 0.3000823259)
+TWO_THIRDS, EXPONENT = 0x3F2AAAAB, as_int32(0xFF800000)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -60,9 +61,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def mix32(x: Tensor) -> Tensor:
     """Return a bijective 32-bit hash of every element (int32 in, int32 out): xor-shift and multiply, two rounds."""
     x = x ^ _shift_right(x, 16)
-    x = x * _MIX_1
+    x = x * MIX_1
     x = x ^ _shift_right(x, 15)
-    x = x * _MIX_2
+    x = x * MIX_2
     return x ^ _shift_right(x, 16)
 
 
@@ -71,24 +72,27 @@ def columns(size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(size, dtype=torch.int32, device=device) * GOLDEN
 
 
-def row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase: int) -> Tensor:
+def row_keys(
+    shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, phase: int, mix: Callable[[Tensor], Tensor] = mix32
+) -> Tensor:
     """Return one 32-bit key per row (all dimensions but the last), int32 of ``shape[:-1]``, or (1,) for 0-d and 1-d.
 
     ``batch`` is the number of samples: where it divides ``shape[0]``, row ``r`` belongs to sample
     ``r // (shape[0] // batch)`` and the sample's number is that plus ``run[2]``; ``key`` int32 (1,) is the site's,
     ``run`` int32 (3,) holds seed, step and row offset. ``batch`` 0 says that the value belongs to no sample: the row
-    offset does not count. ``phase`` is 0 forward, 1 backward.
+    offset does not count. ``phase`` is 0 forward, 1 backward. ``key`` (K, 1) gives the keys of K sites, in front of those of
+    one. ``mix`` computes :func:`mix32`.
     """
-    base = mix32(key ^ mix32(run[0:1] ^ mix32(run[1:2] + (GOLDEN ^ _PHASE_SALT[phase]))))
+    base = mix(key ^ mix(run[0:1] ^ mix(run[1:2] + (GOLDEN ^ _PHASE_SALT[phase]))))
     if len(shape) < 2:
         return base
     shared = isinstance(batch, int) and batch == 0
     inner = shape[0] if shared else shape[0] // batch
     rows = torch.arange(shape[0], dtype=torch.int32, device=key.device)
     sample = rows // inner
-    keys = mix32(mix32((sample if shared else sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
+    keys = mix(mix((sample if shared else sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
     for size in shape[1:-1]:
-        keys = mix32(keys.unsqueeze(-1) + (columns(size, key.device) + GOLDEN))
+        keys = mix(keys.unsqueeze(-1) + (columns(size, key.device) + GOLDEN))
     return keys
 
 
@@ -101,9 +105,9 @@ def host_row_keys(shape: tuple[int, ...], batch: int, key: Tensor, run: Tensor, 
 
     def mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
         x ^= x >> np.uint32(16)
-        x *= np.uint32(_MIX_1 & 0xFFFFFFFF)
+        x *= np.uint32(MIX_1 & 0xFFFFFFFF)
         x ^= x >> np.uint32(15)
-        x *= np.uint32(_MIX_2 & 0xFFFFFFFF)
+        x *= np.uint32(MIX_2 & 0xFFFFFFFF)
         x ^= x >> np.uint32(16)
         return x
 
@@ -134,29 +138,47 @@ def _minus_two_log(u: Tensor) -> Tensor:
     u = (1 + s)·2^k with 1 + s in [2/3, 4/3), so that both terms vanish together where u approaches 1.
     """
     bits = u.view(torch.int32)
-    exponent = (bits - _TWO_THIRDS) & _EXPONENT  # k·2^23
+    exponent = (bits - TWO_THIRDS) & EXPONENT  # k·2^23
     s = (bits - exponent).view(torch.float32) - 1.0
-    series = _LOG[7]
-    for coefficient in _LOG[6::-1]:
+    series = LOG[7]
+    for coefficient in LOG[6::-1]:
         series = series * s + coefficient  # type: ignore[assignment]  # float only before the first product
     return exponent.to(torch.float32) * (-2.0 * math.log(2.0) * 2.0**-23) + series * s
 
 
 def standard_normal(keys: Tensor, cols: Tensor) -> Tensor:
-    """Return standard normal fp32 values by Box and Muller (1958), of the broadcast shape of (…, 1) and (C,).
+    """Return standard normal fp32 values of the broadcast shape of row keys (…, 1) and column counters (C,)."""
+    return normal_of(hashes(keys, cols))
+
+
+def normal_of(bits: Tensor) -> Tensor:
+    """Return a standard normal fp32 value for every int32 hash, by Box and Muller (1958).
 
     One hash serves both: 20 bits for the radius, so values reach ±5.4 (1 in 15 million lies beyond), and 12 for the
     angle, whose cosine is a polynomial. The mean over 4096 equally spaced angles differs from the integral by less than
     fp32 rounding, because the integrand is smooth and periodic.
     """
-    bits = hashes(keys, cols)
     radius = torch.sqrt(_minus_two_log((_shift_right(bits, 12).to(torch.float32) + 0.5) * 2.0**-20))
     fold = (bits & 0xFFF).to(torch.float32) * -(2.0**-11) + (1.0 - 2.0**-12)
     square = fold * fold
-    cosine = _SIN[4]
-    for coefficient in _SIN[3::-1]:
+    cosine = SIN[4]
+    for coefficient in SIN[3::-1]:
         cosine = cosine * square + coefficient  # type: ignore[assignment]  # float only before the first product
     return radius * (fold * cosine)
+
+
+def draws(
+    keys: Tensor, cols: Tensor, kind: str, mix: Callable[[Tensor], Tensor] = mix32,
+    normal: Callable[[Tensor], Tensor] = normal_of,
+) -> Tensor | None:  # fmt: skip
+    """Return what a level is multiplied with for ``kind``, fp32 of unit variance, or None for a kind that draws nothing.
+
+    ``keys`` (…, 1) and ``cols`` (C,) as :func:`hashes` takes them; ``mix`` computes :func:`mix32`, ``normal`` :func:`normal_of`.
+    """
+    if kind == NoiseKind.BIAS:
+        return None
+    bits = mix(cols ^ keys)
+    return bits.to(torch.float32) * (math.sqrt(3.0) * 2.0**-31) if kind == NoiseKind.UNIFORM else normal(bits)
 
 
 def perturb(
@@ -168,6 +190,13 @@ def perturb(
     level is 0 and where ``x`` is not finite the result is ``x`` bit for bit, with ``keep_zeros`` also where ``x`` is 0.
     Arithmetic is in fp32 at least; the result has the dtype of ``x``.
     """
+    return perturb_by(x, level, draws(keys, cols, kind), channels, kind, keep_zeros)
+
+
+def perturb_by(
+    x: Tensor, level: Tensor, drawn: Tensor | None, channels: Tensor | None, kind: str, keep_zeros: bool = False
+) -> Tensor:
+    """Return :func:`perturb` for :func:`draws` of the shape of ``x`` that exist already; None for a kind without."""
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     magnitude = wide.abs()
     if channels is not None:
@@ -186,12 +215,7 @@ def perturb(
         active = active & (magnitude < math.inf)
         if keep_zeros:
             active = active & (magnitude > 0)
-    if kind == NoiseKind.BIAS:
-        noised = wide + scale
-    elif kind == NoiseKind.UNIFORM:
-        noised = wide + scale * (hashes(keys, cols).to(torch.float32) * (math.sqrt(3.0) * 2.0**-31))
-    else:
-        noised = wide + scale * standard_normal(keys, cols)
+    noised = wide + (scale if drawn is None else scale * drawn)
     return torch.where(active, noised.to(x.dtype), x)
 
 
@@ -220,6 +244,11 @@ def with_keys(
         cols = columns(x.shape[-1] if x.dim() else 1, x.device)
     if x.dim() == 0:
         keys, cols = keys.reshape(()), cols.reshape(())
-    if channels is not None and channel_dim % x.dim() != x.dim() - 1:
-        channels = channels.reshape([-1] + [1] * (x.dim() - 1 - channel_dim % x.dim()))
-    return perturb(x, level, keys, cols, channels, kind, keep_zeros)
+    return perturb(x, level, keys, cols, along(channels, channel_dim, x), kind, keep_zeros)
+
+
+def along(channels: Tensor | None, channel_dim: int, x: Tensor) -> Tensor | None:
+    """Return factors of dimension ``channel_dim`` in the shape in which they broadcast against ``x``."""
+    if channels is None or channel_dim % x.dim() == x.dim() - 1:
+        return channels
+    return channels.reshape([-1] + [1] * (x.dim() - 1 - channel_dim % x.dim()))

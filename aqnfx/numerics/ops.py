@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqnfx.numerics.noise import columns, host_row_keys, perturb, row_keys, with_keys
+from aqnfx.numerics.noise import columns, host_row_keys, mix32, normal_of, perturb, row_keys, with_keys
 
 
 @functools.cache
@@ -104,6 +104,28 @@ def site_row_keys(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run:
 def _(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run: Tensor, phase: int) -> Tensor:
     rows = tuple(shape)[:-1] if len(shape) > 1 else (1,)
     return run.new_empty((len(keys), *rows))
+
+
+@torch.library.custom_op("aqnfx::mix32", mutates_args=())
+def mix(x: Tensor) -> Tensor:
+    """Return :func:`aqnfx.numerics.noise.mix32`, for compilers as one operation."""
+    return mix32(x)
+
+
+@torch.library.custom_op("aqnfx::normal", mutates_args=())
+def normal(bits: Tensor) -> Tensor:
+    """Return :func:`aqnfx.numerics.noise.normal_of`, fp32, for compilers as one operation."""
+    return normal_of(bits)
+
+
+@mix.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@normal.register_fake
+def _(bits: Tensor) -> Tensor:
+    return torch.empty_like(bits, dtype=torch.float32)
 
 
 @torch.library.custom_op("aqnfx::count", mutates_args=("hits",))

@@ -72,7 +72,7 @@ def check_options(
 def _excess(scored: Scored, options: PlanOptions, seen: Mapping[str, PlanKL], measured: Mapping[str, float]) -> Excess:
     """Return what plans cost beyond second order, from whole plans that are not far below the plan of ``options``."""
     plain = dataclasses.replace(scored, costs=dataclasses.replace(scored.costs, excess=NO_EXCESS))
-    picked, _ = choose(plain, options)
+    picked, _ = choose(plain, dataclasses.replace(options, refine=False))
     mine = plan_kl(plain.costs, flat(scored.problem.rows(plain.costs.index), picked))
     plans = list(seen.values())
     return excess_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -26,7 +27,7 @@ _LARGEST = 1 << 52  # whole numbers that doubles hold
 _GRAINS = 10**9  # steps of a budget whose weights have no common denominator
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Limit:
     """One budget: what every option of every group weighs, and how much there is, in the same unit.
 
@@ -45,11 +46,12 @@ class Limit:
 
     def keeps(self, chosen: Sequence[int]) -> bool:
         """Return whether a choice is within the budget."""
-        whole, room = self.whole()
+        whole, room = self.whole
         return sum(int(w[option]) for w, option in zip(whole, chosen, strict=True)) <= room
 
+    @functools.cached_property
     def whole(self) -> tuple[tuple[NDArray[np.int64], ...], int]:
-        """Return weights and budget as whole numbers: exact where they have a common denominator, else weights rounded up."""
+        """Weights and budget as whole numbers: exact where they have a common denominator, else weights rounded up."""
         exact = [[Fraction(repr(float(x))) for x in w] for w in self.weights]
         budget = Fraction(repr(float(self.budget)))
         step = math.lcm(*(x.denominator for w in exact for x in w))
@@ -65,7 +67,7 @@ def solve(values: Sequence[Array], limits: Sequence[Limit]) -> tuple[int, ...]:
     ``values``: per group fp64 (options,), finite and not negative. Raises :class:`InputError` where nothing is feasible, naming
     the limit and the least that is.
     """
-    tables = [limit.whole() for limit in limits]
+    tables = [limit.whole for limit in limits]
     for limit, (whole, room) in zip(limits, tables, strict=True):
         if sum(int(w.min()) for w in whole) > room:
             least = sum(float(w.min()) for w in limit.weights) / limit.unit

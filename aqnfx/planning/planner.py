@@ -138,7 +138,8 @@ def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, te
         text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
         adaptive=True, perturb=_any_format(wanted),
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
-    return prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    return dataclasses.replace(ready, program=Pipeline.parse("partition-blocks")(ready.program))  # plans start from blocks
 
 
 def _any_format(wanted: PlanOptions) -> str:
