@@ -60,7 +60,9 @@ def command(
     seed: int = typer.Option(0, help="First noise seed."),
     ops: str = typer.Option("extended", help="Operator kinds: core, extended, all, or linear,softmax,…"),
     layers: str = typer.Option(None, help="Layers: 0-4,7 (default: all)."),
-    task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match (default: by the data)."),
+    task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match or generate (default: by the data)."),
+    max_new_tokens: int = typer.Option(None, help="Most tokens of an answer (task generate; default: by the data)."),
+    stop: list[str] = typer.Option(None, help="Text that ends an answer, repeatable (task generate; default: a new Q:)."),
     noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
     perturb: str = typer.Option(None, help="Number format whose error takes the place of noise: mxfp4, int8:token, …"),
     roles: str = typer.Option(None, help="What is perturbed: output, input, weight, key, value, other or auto."),
@@ -96,7 +98,9 @@ def command(
 
     options: dict[str, Any] = dict(
         levels=_numbers(levels, float, "--levels"), base_level=base_level, window=window, step=step, samples=samples,
-        seeds=seeds, seed=seed, ops=ops, layers=layers, task=task, noise=noise, perturb=perturb, roles=roles,
+        seeds=seeds, seed=seed, ops=ops, layers=layers, task=task,
+        max_new_tokens=max_new_tokens, stop=tuple(t.replace("\\n", "\n") for t in stop) if stop else None,
+        noise=noise, perturb=perturb, roles=roles,
         probes=tuple(p.strip() for p in probes.split(",") if p.strip()), method=method, draws=draws,
         checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
         compile=compile_mode, replay_memory=replay_memory, replay_offload=replay_offload, batch_size=batch_size,

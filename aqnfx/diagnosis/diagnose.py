@@ -25,6 +25,7 @@ from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
+from aqnfx.live.generation import STOP, Generator
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
@@ -117,9 +118,11 @@ def run(
         facts["predict"] = dict(predictions.provenance)
     with contextlib.ExitStack() as stack:
         keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
+        answers = stack.enter_context(_generator(ready, options)) if options.task == "generate" else None
         elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
-            noisy, engine, work, sweep, journal=keep, executor=elsewhere, progress=progress, noise_kind=options.kind,
+            noisy, engine, work, sweep, journal=keep, executor=elsewhere, answers=answers, progress=progress,
+            noise_kind=options.kind,
             rule=StoppingRule() if options.adaptive or options.budget else None, seconds=options.budget_seconds,
             provenance=facts,
         )  # fmt: skip
@@ -145,7 +148,7 @@ def run(
         def at(probe: Probe, level: float) -> Measurements:
             single = Sweep(probes=(probe,), levels=(level,), seeds=seeds, base_level=level, task=ready.task)
             part = None if keep is None else keep.part(f"confirm {probe.kind} {probe.key} at {level!r}")
-            measured = measure(noisy, engine, work, single, journal=part, noise_kind=options.kind)
+            measured = measure(noisy, engine, work, single, journal=part, answers=answers, noise_kind=options.kind)
             runs.append(measured.provenance["runs"])
             return measured
 
@@ -179,6 +182,20 @@ def executor_for(recipe: Recipe, program: Program, options: Options) -> Iterator
         yield cluster
     finally:
         cluster.close()
+
+
+@contextlib.contextmanager
+def _generator(ready: Prepared, options: Options) -> Iterator[Generator]:
+    """Yield what answers the questions of the samples on the live model, which is given back afterwards."""
+    if ready.model is None:
+        raise InputError("task generate needs the model itself, which runs with its KV cache; a Program was given")
+    made = Generator.of(
+        ready.model, ready.tokenizer, ready.encoded, pad=ready.pad, where=options.where, noise=options.noise,
+        max_new_tokens=options.max_new_tokens, stop=STOP if options.stop is None else options.stop,
+        inner="inductor" if options.compile == "yes" else "eager",
+    )  # fmt: skip
+    with made.handle:
+        yield made
 
 
 def _recorded_probes(
@@ -248,7 +265,8 @@ def _identity(
     """What makes two runs the same: a journal is continued only if all of this is equal."""
     import transformers
 
-    return {
+    generated = {"generate": [options.max_new_tokens, list(options.stop or STOP)]} if options.task == "generate" else {}
+    return generated | {
         "versions": {"aqnfx": aqnfx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "model": model_digest(program), "graph": program.original, "data": data_digest(ready.encoded),
         "pipeline": program.pipeline, "levels": list(sweep.levels), "seeds": list(sweep.seeds), "task": sweep.task,

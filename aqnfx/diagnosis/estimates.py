@@ -12,6 +12,7 @@ from scipy.stats import t as student_t
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import bootstrap_ratios, holm
 from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.tasks import ANSWERED
 
 Array = NDArray[np.float64]
 
@@ -97,7 +98,7 @@ def check(m: Measurements) -> None:
 def uses_exact_match(m: Measurements) -> bool:
     """Say whether degradation is the relative loss of exact matches; needs a clean model that gets one right."""
     measured = "exact_match" in m.scores and "exact_match" in m.clean
-    return m.task == "exact_match" and measured and float(m.clean["exact_match"].sum()) > 0
+    return m.task in ANSWERED and measured and float(m.clean["exact_match"].sum()) > 0
 
 
 def share(num: Array, den: Array) -> Array:

@@ -19,6 +19,7 @@ from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import wilson
 from aqnfx.probes.measurements import Measurements, ProbeKind
+from aqnfx.probes.tasks import ANSWERED
 from aqnfx.probes.traces import SOURCES
 
 
@@ -190,7 +191,7 @@ def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
         )
     if m.errors:
         notes.append(f"{len(m.errors)} runs failed and are missing; the first: {m.errors[0]}.")
-    if m.task == "exact_match" and scores.degradation_metric != "exact_match":
+    if m.task in ANSWERED and scores.degradation_metric != "exact_match":
         notes.append("The clean model solves no sample: degradation is 1 - top-1 agreement instead of lost accuracy.")
     if m.samples < 20:
         notes.append(f"Only {m.samples} samples: bootstrap intervals are too narrow below about 20.")

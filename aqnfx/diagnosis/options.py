@@ -50,7 +50,9 @@ class Options:
     (``workers`` of a Ray cluster, default all). ``perturb`` names a number format, whose error takes the place of noise:
     levels are factors on it (default 1) and there is one seed. ``roles`` says what is perturbed, as a selector value:
     outputs of operations (the default with noise), inputs, weights, keys, values, or "auto" (the default with a format):
-    the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. Raises
+    the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. The
+    task "generate" lets the model answer by itself, with its KV cache: at most ``max_new_tokens`` (default: a quarter more than
+    the longest answer), until one of the texts ``stop`` (default: a new line with "Q:"). Raises
     :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
     """
 
@@ -64,6 +66,8 @@ class Options:
     ops: str = "extended"
     layers: str | None = None
     task: str | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
     noise: str = NoiseKind.RELATIVE_GAUSSIAN
     perturb: str | None = None
     roles: str | None = None
@@ -98,9 +102,9 @@ class Options:
             self._set("levels", (1.0,) if self.perturb else DEFAULT_LEVELS)
         if self.seeds is None:
             self._set("seeds", 1 if self.perturb else DEFAULT_SEEDS)
-        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws", "workers"):
+        for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws", "workers", "max_new_tokens"):
             value = getattr(self, name)
-            if value is None and name in ("window", "max_length", "workers"):
+            if value is None and name in ("window", "max_length", "workers", "max_new_tokens"):
                 continue
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise InputError(f"{name} must be a whole number, found {value!r}")
@@ -129,6 +133,7 @@ class Options:
         _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)
+        self._check_generation()
         if not isinstance(self.outlier_threshold, numbers.Real) or not 1.0 < float(self.outlier_threshold) < float("inf"):
             raise InputError(f"outlier_threshold must be a number above 1, found {self.outlier_threshold!r}; 10 is usual")
         if self.metric is not None:
@@ -147,6 +152,19 @@ class Options:
         if self.roles is not None:
             self._set("roles", "|".join(_words("roles", self.roles)))
         Selector.parse(self.where)
+
+    def _check_generation(self) -> None:
+        if self.stop is not None:
+            self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            if not all(isinstance(text, str) and text for text in self.stop):
+                raise InputError(f"stop must be texts that are not empty, found {', '.join(map(repr, self.stop))}")
+        if self.task != "generate":
+            if given := [name for name in ("max_new_tokens", "stop") if getattr(self, name) is not None]:
+                raise InputError(f"{given[0]} is for task generate; ask for that task, or leave it out")
+        elif self.perturb is not None:
+            raise InputError("task generate measures noise; a number format (perturb) is measured by task exact_match or kl")
+        elif self.executor != "process":
+            raise InputError(f"task generate runs in one process; executor {self.executor} was asked, leave it out")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -28,7 +28,7 @@ from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.samples import load_samples, load_tokenizer
-from aqnfx.probes.tasks import accuracy_like
+from aqnfx.probes.tasks import ANSWERED, accuracy_like
 from aqnfx.probes.work import Sweep, Worker
 
 Data = str | Path | Sequence[str | Mapping[str, str]]
@@ -39,7 +39,7 @@ class Prepared:
     """A tagged program, the encoded samples, the probes over its sites, the task, and notes for the report.
 
     ``longest`` is the length of the longest sample in tokens, ``fixed`` the sequence length that the traced forward
-    fixes, or None; ``pad`` the padding token.
+    fixes, or None; ``pad`` the padding token. ``model`` is what was traced, kept where it is to generate.
     """
 
     program: Program
@@ -52,6 +52,7 @@ class Prepared:
     pad: int
     tokenizer: Any
     notes: tuple[str, ...]
+    model: nn.Module | None = None
 
     def batches(self, options: Options) -> list[Batch]:
         """Return the samples as batches on the device, each padded to its own longest sample unless a length is fixed."""
@@ -94,7 +95,7 @@ def prepare(
     tell("preparing")
     causal = is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
     if not causal:
-        if task in ("nll", "exact_match"):
+        if task == "nll" or task in ANSWERED:
             raise ModelError(
                 f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
             )
@@ -104,6 +105,7 @@ def prepare(
         program=tagged, encoded=encoded, probes=probes, task=task, causal=causal, longest=longest,
         fixed=longest if fixed is not None else None, pad=pad,
         tokenizer=tokenizer, notes=(*tagged.notes, *notes, *more),
+        model=model if task == "generate" and isinstance(model, nn.Module) else None,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class NoiseCall:
     """The arguments of a noise node; see :func:`aqnfx.numerics.noise.noise_reference`."""
 
     x: Node
@@ -44,7 +44,8 @@ class _Call:
     compiled: bool = False
 
     @classmethod
-    def of(cls, node: Node) -> _Call:
+    def of(cls, node: Node) -> NoiseCall:
+        """Read them from a node."""
         arguments: Any = node.args
         return cls(*arguments)
 
@@ -84,12 +85,12 @@ class InlineNoise(CustomGraphPass):
         if not nodes or mode is None:
             return
         with mode:
-            for group in _groups(nodes):
+            for group in groups(nodes):
                 self._write(graph, group)
         self._traces.clear()
 
     def _write(self, graph: Graph, nodes: Sequence[Node]) -> None:
-        calls = [_Call.of(node) for node in nodes]
+        calls = [NoiseCall.of(node) for node in nodes]
         first = calls[0]
         drawn: Sequence[Node | None] = [None] * len(calls)
         if first.kind != NoiseKind.BIAS:
@@ -163,12 +164,12 @@ def _draws(
     return tuple(one.reshape(x.shape) for one in drawn.unbind(0))
 
 
-def _groups(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+def groups(nodes: Sequence[Node]) -> Iterator[list[Node]]:
     """Yield the nodes whose draws are made together, in the order of the first of each."""
     open_groups: dict[tuple[str, ...], list[Node]] = {}
     made: list[list[Node]] = []
     for node in nodes:
-        call = _Call.of(node)
+        call = NoiseCall.of(node)
         group = open_groups.get(call.shares)
         full = group is None or (len(group) + 1) * _elements(call.x) > TOGETHER
         if group is None or full or call.kind == NoiseKind.BIAS or call.key.op != "placeholder":

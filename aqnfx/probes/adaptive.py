@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from aqnfx.numerics.metrics import CRITICAL_SCORE, MODERATE_SCORE
+from aqnfx.probes.tasks import ANSWERED
 from aqnfx.probes.work import Item, Scores, Sweep, clean_item
 
 Array = NDArray[np.float64]
@@ -101,7 +102,7 @@ def _losses(sweep: Sweep, done: Mapping[Item, Scores], batches: int) -> tuple[Ar
     As in the map: lost exact matches over clean ones for the task exact_match, else positions with another argmax.
     """
     clean = [done[clean_item(b)] for b in range(batches)]
-    exact = sweep.task == "exact_match" and sum(np.nansum(c.get("exact_match", [0.0])) for c in clean) > 0
+    exact = sweep.task in ANSWERED and sum(np.nansum(c.get("exact_match", [0.0])) for c in clean) > 0
     metric = "exact_match" if exact else "top1"
     base = np.concatenate([np.asarray(c["exact_match" if exact else "tokens"], dtype=np.float64) for c in clean])
     level = sweep.levels.index(sweep.base_level)

@@ -22,7 +22,7 @@ from aqnfx.probes.journal import Journal, Part
 from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.memory import peak_memory_mib
 from aqnfx.probes.replay import Engine, WholeGraph
-from aqnfx.probes.work import Item, Outcome, Scores, Sweep, Worker, clean_item
+from aqnfx.probes.work import Answers, Item, Outcome, Scores, Sweep, Worker, clean_item
 
 __all__ = ["Progress", "Sweep", "measure"]
 
@@ -109,6 +109,7 @@ def measure(
     *,
     journal: Journal | Part | None = None,
     executor: Executor | None = None,
+    answers: Answers | None = None,
     rule: StoppingRule | None = None,
     seconds: float | None = None,
     progress: Progress | None = None,
@@ -119,19 +120,19 @@ def measure(
 
     ``program`` carries noise nodes at every site of every probe and ``forward`` runs it: one of
     :mod:`aqnfx.probes.forward`, or an engine of :mod:`aqnfx.probes.replay`; ``executor`` does the work elsewhere,
-    with programs of its own. The same seed gives the same noise at a site in every configuration (common random
-    numbers). Batches are the outer loop: one clean run and its reference serve all configurations of a batch; the
-    scores are in the order of the samples, whatever the order of the batches. Items
-    in ``journal`` are not run again, but those that failed are. With ``rule`` a probe gets no further samples once
-    its claims are settled; after ``seconds`` no new work begins, but that on the first batch. What a probe has no
-    sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On ``KeyboardInterrupt`` the finished
+    with programs of its own; ``answers`` takes the place of exact matches given the tokens before. The same seed
+    gives the same noise at a site in every configuration (common random numbers). Batches are the outer loop: one
+    clean run and its reference serve all configurations of a batch; the scores are in the order of the samples,
+    whatever the order of the batches. Items in ``journal`` are not run again, but those that failed are. With ``rule``
+    a probe gets no further samples once its claims are settled; after ``seconds`` no new work begins, but that on the
+    first batch. What a probe has no sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On ``KeyboardInterrupt`` the finished
     batches are returned with ``complete=False`` (of a first batch, the probes that are finished on it); with nothing
     finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a probe fires at other sites than its
     own, a clean run fails, or every noisy run does.
     """
     if not batches:
         raise InputError("there are no samples to measure on")
-    worker = Worker(program, WholeGraph(forward) if not isinstance(forward, Engine) else forward, batches, sweep)
+    worker = Worker(program, WholeGraph(forward) if not isinstance(forward, Engine) else forward, batches, sweep, answers)
     started, total = time.perf_counter(), sweep.size * len(batches)
     compiled_before = getattr(worker.engine, "compile_seconds", 0.0)
     deadline = math.inf if seconds is None else started + seconds

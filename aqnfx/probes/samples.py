@@ -11,6 +11,7 @@ from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import EMBEDDED
 from aqnfx.probes.data import DataWarning, Encoded, Example, encode, load_examples
 from aqnfx.probes.examples import example_from_record
+from aqnfx.probes.tasks import ANSWERED
 
 
 def load_tokenizer(name: str) -> Any:
@@ -41,8 +42,8 @@ def load_samples(
 
     ``data`` is a file (JSON lines, parquet or text, see :func:`~aqnfx.probes.data.load_examples`), or texts and
     records with ``question`` / ``answer`` or ``text``. Plain texts are joined and cut into samples of ``max_length``
-    tokens unless ``pack`` is off. For the task ``exact_match`` samples without a whole answer are left out. Raises
-    :class:`InputError` when nothing is left.
+    tokens unless ``pack`` is off. For the tasks ``exact_match`` and ``generate`` samples without a whole answer are left
+    out. Raises :class:`InputError` when nothing is left.
     """
     if samples < 1:
         raise InputError(f"samples {samples} must be at least 1")
@@ -56,14 +57,14 @@ def load_samples(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DataWarning)
             encoded = encode(examples, tokenizer, max_length=max_length, pack=join)
-        if task == "exact_match":
+        if task in ANSWERED:
             encoded = tuple(e for e in encoded if e.answer is not None)
         if len(encoded) >= samples or len(examples) < limit:
             break
         limit *= 2
     if not encoded:
         raise InputError(
-            f"task exact_match needs records with question and answer that fit into {max_length} tokens; found none"
+            f"task {task} needs records with question and answer that fit into {max_length} tokens; found none"
         )
     notes += [str(w.message) for w in caught]
     return encoded[:samples], tuple(notes)

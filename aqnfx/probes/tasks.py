@@ -25,7 +25,9 @@ from aqnfx.probes.data import Batch
 
 Scores = dict[str, NDArray[np.float64]]
 
-TASKS = ("kl", "nll", "top1_agreement", "exact_match")
+TASKS = ("kl", "nll", "top1_agreement", "exact_match", "generate")
+ANSWERED = ("exact_match", "generate")
+"""Tasks whose accuracy is that of answers: given the tokens before (teacher forcing), or generated."""
 
 _CHUNK_CPU = 1 << 20  # vocabulary entries at a time: stays in the caches
 _CHUNK_GPU = 1 << 26  # few launches, 256 MiB per temporary
@@ -56,17 +58,17 @@ class Reference:
 
 
 def accuracy_like(task: str, has_answers: bool) -> Literal["exact_match", "top1"]:
-    """Return the score that relative degradation is read from: ``exact_match`` for that task, else ``top1``.
+    """Return the score that relative degradation is read from: ``exact_match`` for tasks with answers, else ``top1``.
 
     For ``top1`` the clean value is the number of scored tokens, so degradation is 1 − top-1 agreement. Raises
-    InputError for an unknown task, or ``exact_match`` on data without answers.
+    InputError for an unknown task, or one with answers on data without.
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}{nearest(task, TASKS)}")
-    if task != "exact_match":
+    if task not in ANSWERED:
         return "top1"
     if not has_answers:
-        raise InputError("task exact_match needs examples with 'question' and 'answer'; for plain text use kl")
+        raise InputError(f"task {task} needs examples with 'question' and 'answer'; for plain text use kl")
     return "exact_match"
 
 

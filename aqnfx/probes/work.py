@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,13 @@ Scores = dict[str, list[float]]
 def clean_item(batch: int) -> Item:
     """Return the item of the clean run of a batch."""
     return batch, -1, 0, 0
+
+
+class Answers(Protocol):
+    """Says which samples of a batch are answered correctly with noise at ``sites``: 1 or 0 per sample."""
+
+    def correct(self, batch: Batch, sites: Sequence[str] = (), *, level: float = 0.0, seed: int = 0) -> list[float]:
+        """Return 1 or 0 per sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +94,19 @@ class Worker:
     """Runs items of a sweep over ``batches`` on one copy of a program.
 
     The clean run of a batch comes before its first item and is kept for the following ones. A run that fails is an
-    outcome with an error; a clean run that fails, and noise at other sites than asked, are raised.
+    outcome with an error; a clean run that fails, and noise at other sites than asked, are raised. ``answers`` says of every
+    run which samples it answers correctly, in place of what the logits say.
     """
 
-    def __init__(self, program: Program, engine: Engine, batches: Sequence[Batch], sweep: Sweep) -> None:
+    def __init__(
+        self, program: Program, engine: Engine, batches: Sequence[Batch], sweep: Sweep, answers: Answers | None = None
+    ) -> None:
         missing = sorted({s for p in sweep.probes for s in p.sites} - set(program.controls.sites))
         if missing:
             raise ProbeError(
                 f"{len(missing)} probed sites have no noise node, first {missing[0]}; insert noise there first"
             )
-        self.program, self.engine, self.batches, self.sweep = program, engine, batches, sweep
+        self.program, self.engine, self.batches, self.sweep, self.answers = program, engine, batches, sweep, answers
         self._batch, self._clean = -1, Outcome(item=clean_item(-1))
         self._reference: Reference | None = None
         self._probe: Probe | None = None
@@ -139,6 +150,8 @@ class Worker:
         self._spent(started, between)
         counted = {**clean, "tokens": batch.score_mask[: batch.size].sum(1).cpu().numpy()}
         scores = {name: values.tolist() for name, values in counted.items()}
+        if self.answers is not None:
+            scores["exact_match"] = self.answers.correct(batch)
         self._batch, self._clean = number, Outcome(item=clean_item(number), scores=scores)
 
     def _run(self, item: Item) -> Outcome:
@@ -148,7 +161,12 @@ class Worker:
         self.program.controls.set_run(seed=self.sweep.seeds[k], row_offset=self.batches[number].row_offset, step=0)
         assert self._reference is not None  # made by the clean run
         try:
-            return Outcome(item=item, scores=self._score(self._reference, probe))
+            scores = self._score(self._reference, probe)
+            if self.answers is not None:
+                scores["exact_match"] = self.answers.correct(
+                    self.batches[number], probe.sites, level=self.sweep.levels[lv], seed=self.sweep.seeds[k]
+                )
+            return Outcome(item=item, scores=scores)
         except (FiringError, ModelError, Interrupted):
             raise
         except (ProbeError, RuntimeError) as error:  # logits that are not finite, a device out of memory

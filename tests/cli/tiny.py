@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def save_model(directory: Path, name: str = "llama", *, nan: bool = False, **opt
 def save_text(path: Path, copies: int = 1) -> Path:
     """Save JSON lines with a field ``text``."""
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT * copies), encoding="utf-8")
+    return path
+
+
+def save_answers(directory: Path, path: Path, questions: Sequence[str], new: int) -> Path:
+    """Save JSON lines of questions whose answers are the ``new`` tokens that a model says; the last is wrong."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    found = transformers.AutoTokenizer.from_pretrained(directory)
+    rows = []
+    for question in questions:
+        ids = torch.tensor([found(f"Q: {question}\nA: ")["input_ids"]])
+        made = model.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        # Token by token: this tokenizer puts spaces between tokens where it decodes several.
+        rows.append({"question": question, "answer": "".join(found.decode(t) for t in made if t >= 3)})
+    rows[-1]["answer"] = "no"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
