@@ -104,6 +104,14 @@ class Handle:
         model = self._model()
         return "the model" if model is None else type(model).__name__
 
+    @property
+    def model(self) -> nn.Module:
+        """The instrumented model; raises :class:`LiveError` after :meth:`remove`, and where nothing else holds it any more."""
+        _ = self.controls
+        if (model := self._model()) is None:
+            raise LiveError("the model of this handle is gone: nothing else held it")
+        return model
+
     # Controls --------------------------------------------------------------------------------------------------------
 
     @property

@@ -125,10 +125,10 @@ def measure(
     clean run and its reference serve all configurations of a batch; the scores are in the order of the samples,
     whatever the order of the batches. Items in ``journal`` are not run again, but those that failed are. With ``rule``
     a probe gets no further samples once its claims are settled; after ``seconds`` no new work begins, but that on the
-    first batch. What a probe has no sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On ``KeyboardInterrupt`` the finished
-    batches are returned with ``complete=False`` (of a first batch, the probes that are finished on it); with nothing
-    finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a probe fires at other sites than its
-    own, a clean run fails, or every noisy run does.
+    first batch. What a probe has no sample of is NaN. A run that fails leaves NaN and a line in ``errors``. On
+    ``KeyboardInterrupt`` the finished batches are returned with ``complete=False`` (of a first batch, the probes
+    that are finished on it); with nothing finished :class:`Interrupted` is raised. Raises :class:`ProbeError` when a
+    probe fires at other sites than its own, a clean run fails, or every noisy run does.
     """
     if not batches:
         raise InputError("there are no samples to measure on")
