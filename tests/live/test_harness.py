@@ -52,7 +52,7 @@ def test_the_harness_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_lm(handle, "tokenizer")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is absent")
 def test_a_cache_of_the_harness_is_refused(tmp_path: Any) -> None:
     from lm_eval.api.model import CachingLM
 
