@@ -18,7 +18,7 @@ from aqnfx.cli.session import run_session
 from aqnfx.probes.measure import measure as real_measure
 from tests.cli.conftest import Aqnfx, Place
 
-SEEDS = 20
+SEEDS = 10
 # A shell that runs the tests in the background may have switched SIGINT off for its children.
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from aqnfx.cli.main import main; main()"
@@ -52,7 +52,7 @@ def test_signals_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path, sent: si
     )
     journal, deadline = out / "journal.jsonl", time.monotonic() + 120
     try:
-        # 5 probes × 20 seeds × 3 batches: stop after the first probe, long before the end.
+        # 5 probes × 10 seeds × 3 batches: stop after the first probe, long before the end.
         while not journal.exists() or journal.read_bytes().count(b"\n") < 2 * SEEDS:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline

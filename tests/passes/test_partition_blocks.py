@@ -14,6 +14,7 @@ from aqnfx.passes.pipeline import Pipeline
 from tests.families import BLOCKS, FAMILIES, build, inputs
 from tests.graph.small import Stack, traced
 from tests.passes.checks import check_pass, values
+from tests.probes.test_replay import FAMILIES as REPLAYED  # whose blocks are run there
 
 TAGS = "tag-layers,tag-ops"
 NOISE = 'insert-noise{where="ops:all"}'
@@ -38,7 +39,7 @@ def test_it_needs_layers():
         cut(traced(Stack(2), 3, 7, 8))
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(REPLAYED)))
 def test_blocks_in_a_row_compute_what_the_graph_computes(name):
     """Every block, called with the graph's own values, returns the graph's own values: with noise nodes and without."""
     program = blocks_of(name)
