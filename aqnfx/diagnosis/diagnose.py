@@ -113,12 +113,14 @@ def run(
     recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
     identity = _identity(noisy, ready, sweep, options, work) | {"compile": compiled}
-    facts = _facts(noisy, ready, data, identity, options)
-    if predictions is not None:
-        facts["predict"] = dict(predictions.provenance)
     with contextlib.ExitStack() as stack:
-        keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
         answers = stack.enter_context(_generator(ready, options)) if options.task == "generate" else None
+        if answers is not None:
+            identity["generate"] = answers.record()
+        facts = _facts(noisy, ready, data, identity, options)
+        if predictions is not None:
+            facts["predict"] = dict(predictions.provenance)
+        keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
         elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
             noisy, engine, work, sweep, journal=keep, executor=elsewhere, answers=answers, progress=progress,
@@ -194,8 +196,13 @@ def _generator(ready: Prepared, options: Options) -> Iterator[Generator]:
         max_new_tokens=options.max_new_tokens, stop=STOP if options.stop is None else options.stop,
         inner="inductor" if options.compile == "yes" else "eager",
     )  # fmt: skip
-    with made.handle:
-        yield made
+    training = ready.model.training
+    ready.model.eval()
+    try:
+        with made.handle:
+            yield made
+    finally:
+        ready.model.train(training)
 
 
 def _recorded_probes(
@@ -265,8 +272,7 @@ def _identity(
     """What makes two runs the same: a journal is continued only if all of this is equal."""
     import transformers
 
-    generated = {"generate": [options.max_new_tokens, list(options.stop or STOP)]} if options.task == "generate" else {}
-    return generated | {
+    return {
         "versions": {"aqnfx": aqnfx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "model": model_digest(program), "graph": program.original, "data": data_digest(ready.encoded),
         "pipeline": program.pipeline, "levels": list(sweep.levels), "seeds": list(sweep.seeds), "task": sweep.task,
@@ -292,5 +298,6 @@ def _facts(
             "samples": len(ready.encoded), "max_length": ready.longest, "notes": list(ready.notes),
         },
         "pipeline": program.pipeline, "compile": identity["compile"], "notes": list(ready.notes),
+        **({"generate": identity["generate"]} if "generate" in identity else {}),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip

@@ -155,7 +155,7 @@ class Options:
 
     def _check_generation(self) -> None:
         if self.stop is not None:
-            self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            self._set("stop", tuple(self.stop) if isinstance(self.stop, (list, tuple)) else (self.stop,))
             if not all(isinstance(text, str) and text for text in self.stop):
                 raise InputError(f"stop must be texts that are not empty, found {', '.join(map(repr, self.stop))}")
         if self.task != "generate":

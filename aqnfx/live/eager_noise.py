@@ -53,7 +53,8 @@ def noisy(
     compiled: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return ``aqnfx::noise`` of all but the first two arguments, from draw number ``place`` where there are draws."""
-    if drawn is None:
+    # Asked again: a graph may switch gradients on after the draws, and to autograd noise is a constant.
+    if drawn is None or torch.is_grad_enabled():
         found: Tensor = NOISE(x, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros, compiled)
         return found
     return perturb_by(x, level[phase], drawn[place], along(channels, channel_dim, x), kind, keep_zeros)

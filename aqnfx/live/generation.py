@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,11 @@ def final_answer(text: str, worked: bool) -> str:
     return re.sub(r"(?<=\d),(?=\d)", "", text).strip()
 
 
+def until(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Return the tokens before the first of ``ends``."""
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
 @dataclass(frozen=True, slots=True)
 class _Stops:
     """Says which samples have come to a stop: by their text, because one text is many tokens and the other way round."""
@@ -48,8 +54,9 @@ class _Stops:
 class Generator:
     """Answers the questions of ``samples`` by greedy decoding on a live model, with noise at the sites that are asked.
 
-    Prompts of a batch are padded on the left. Generation ends at the end of text, at one of the strings ``stop``, or after
-    ``max_new_tokens``.
+    Prompts of a batch are padded on the left, so the noise of a sample also depends on the longest prompt beside it. Decoding is
+    greedy; what else the model's generation configuration says, a penalty on repetition for one, stays. Generation ends at the
+    end of text, at one of the strings ``stop``, or after ``max_new_tokens``.
     """
 
     handle: Handle
@@ -86,11 +93,26 @@ class Generator:
             )
         # As for the traced program, whose sites these are.
         pipeline = f'decompose-attention{{where="{where}"}},tag-ops,insert-noise{{where="{where}" kind={noise}}}'
-        handle = instrument(model.eval(), pipeline=pipeline, inner=inner, dynamic=True)
+        handle = instrument(model, pipeline=pipeline, inner=inner, dynamic=True)
         return cls(
             handle=handle, model=model, tokenizer=tokenizer, samples=tuple(samples), pad=pad, max_new_tokens=new,
             stop=tuple(stop),
         )  # fmt: skip
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text, as the model's generation configuration and the tokenizer say."""
+        named = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids = named if isinstance(named, (list, tuple)) else [named]
+        return frozenset(int(one) for one in (*ids, self.tokenizer.eos_token_id) if one is not None)
+
+    def record(self) -> dict[str, Any]:
+        """Return what answers depend on beside model, data and noise: limits, what runs the model, and its own settings."""
+        config = getattr(self.model, "generation_config", None)
+        return {
+            "max_new_tokens": self.max_new_tokens, "stop": list(self.stop), "inner": str(self.handle.backend.inner),
+            "generation_config": {} if config is None else {k: v for k, v in config.to_diff_dict().items() if v is not None},
+        }  # fmt: skip
 
     def correct(self, batch: Batch, sites: Sequence[str] = (), *, level: float = 0.0, seed: int = 0) -> list[float]:
         """Return 1 for every sample of ``batch`` whose generated answer is right, else 0.
@@ -122,7 +144,9 @@ class Generator:
                 input_ids=ids, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1,
                 temperature=None, top_p=None, top_k=None, pad_token_id=self.pad, stopping_criteria=stopping,
             )  # fmt: skip
-        found: list[str] = self.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        # What follows the end is padding, which need not be a special token.
+        ended = [until(row[width:].tolist(), self.ends) for row in made]
+        found: list[str] = self.tokenizer.batch_decode(ended, skip_special_tokens=True)
         return [min((text.partition(stop)[0] for stop in self.stop), key=len, default=text) for text in found]
 
     def _of(self, batch: Batch) -> tuple[Encoded, ...]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
-from torch._inductor import config
+from torch._inductor import config, custom_graph_pass
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.decomposition import select_decomp_table
@@ -18,12 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from aqnfx.graph.controls import NOISE
-from aqnfx.live.lower_noise import MIX, NORMAL, register
+from aqnfx.live import lower_noise
+from aqnfx.live.lower_noise import MIX, NORMAL
 from aqnfx.numerics import noise
 from aqnfx.numerics.noise import NoiseKind
 
 TOGETHER = 1 << 20
-"""Elements that are drawn for several sites in one kernel, 4 MiB: what is larger is drawn where it is used, and never stored."""
+"""Elements that are drawn for several sites in one kernel, 4 MiB at the number of samples that a graph was captured with: what is
+larger, or may become longer, is drawn where it is used and never stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,21 @@ class NoiseCall:
     def shares(self) -> tuple[str, ...]:
         """What sites have alike whose draws are made together."""
         value = self.x.meta["val"]
-        drawn = "uniform" if self.kind == NoiseKind.UNIFORM else "normal"
+        drawn = {NoiseKind.UNIFORM: "uniform", NoiseKind.BIAS: "none"}.get(NoiseKind(self.kind), "normal")
         width = "" if self.cols is None else str(self.cols.meta["val"].shape)
         return (str(tuple(value.shape)), str(value.device), str(self.batch), self.run.name, width, drawn, str(self.phase))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether nothing but the number of samples is open about the size of the value."""
+        batch = str(self.batch.meta["val"] if isinstance(self.batch, Node) else self.batch)
+        return all(isinstance(size, int) or str(size) == batch for size in self.x.meta["val"].shape)
+
+    @property
+    def in_one_place(self) -> bool:
+        """Whether the value and its controls are on one device: the operator fetches what is not."""
+        nodes = (self.x, self.level, self.key, self.run, self.channels, self.cols)
+        return len({node.meta["val"].device for node in nodes if node is not None}) == 1
 
 
 @dataclass(eq=False)
@@ -64,23 +78,18 @@ class InlineNoise(CustomGraphPass):
 
     An operator that Inductor does not know costs a call and some thirty small operations per site. Written out it is part of
     the kernels around it. Sites whose values have one shape share a kernel for their draws, up to :data:`TOGETHER` elements,
-    so that what is compiled grows with the number of shapes. Results agree with the operator to 1 ulp. ``before`` are
-    the passes that are set in Inductor's configuration already.
+    so that what is compiled grows with the number of shapes. Results agree with the operator to 1 ulp.
     """
 
-    before: tuple[Any, ...] = ()
     _traces: dict[Any, Graph] = field(default_factory=dict)
 
     def uuid(self) -> Any | None:
-        """Return what the code of this pass is known by in Inductor's cache, or None where another pass has no such name."""
-        others = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.before]
-        return None if None in others else (get_hash_for_files((__file__, noise.__file__)), *others)
+        """Return what the code of this pass is known by in Inductor's cache."""
+        return get_hash_for_files((__file__, lower_noise.__file__, noise.__file__))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
-        for one in self.before:
-            one(graph)
-        nodes = [node for node in graph.nodes if node.target is NOISE]
+        nodes = [node for node in graph.nodes if node.target is NOISE and NoiseCall.of(node).in_one_place]
         mode = detect_fake_mode([node.meta["val"] for node in nodes])
         if not nodes or mode is None:
             return
@@ -172,7 +181,7 @@ def groups(nodes: Sequence[Node]) -> Iterator[list[Node]]:
         call = NoiseCall.of(node)
         group = open_groups.get(call.shares)
         full = group is None or (len(group) + 1) * _elements(call.x) > TOGETHER
-        if group is None or full or call.kind == NoiseKind.BIAS or call.key.op != "placeholder":
+        if group is None or full or call.kind == NoiseKind.BIAS or call.key.op != "placeholder" or not call.bounded:
             group = open_groups[call.shares] = []
             made.append(group)
         group.append(node)
@@ -199,10 +208,15 @@ def _described(value: Any) -> str:
 
 def compile_inlined(module: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     """Return what Inductor makes of a graph with its noise written out."""
-    known = config.post_grad_custom_pre_pass
-    before = () if known is None else tuple(known) if isinstance(known, (list, tuple)) else (known,)
+    known: Any = config.post_grad_custom_pre_pass
+    own: Any = InlineNoise()
+    if known is not None and not hasattr(custom_graph_pass, "get_custom_graph_passes"):
+        made: Any = compile_fx(module, list(examples))  # this version of PyTorch runs one pass: the user's
+        return cast(Callable[..., Any], made)
+    if known is not None:  # the user's own passes run before
+        own = [*(known if isinstance(known, (list, tuple)) else (known,)), own]
+    lower_noise.register()
     # As a patch, so that it also holds for the backward part, which is compiled when it is first run.
-    register()
-    patch = {"post_grad_custom_pre_pass": InlineNoise(before=before)}
-    made: Any = compile_fx(module, list(examples), config_patches=patch)
+    patch = {"post_grad_custom_pre_pass": own}
+    made = compile_fx(module, list(examples), config_patches=patch)
     return cast(Callable[..., Any], made)

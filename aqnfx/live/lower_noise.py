@@ -14,6 +14,7 @@ import torch
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
+import aqnfx.numerics.ops  # noqa: F401  # registers the operators
 from aqnfx.numerics.noise import EXPONENT, LOG, MIX_1, MIX_2, SIN, TWO_THIRDS
 
 MIX = torch.ops.aqnfx.mix32.default

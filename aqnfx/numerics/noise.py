@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of (seed, site, step, sample row, coordinates), in plain int32 tensor operations.
 
 Integers come first and are identical in eager, Inductor, CPU and CUDA; floats follow to 1 ulp. A sample's noise depends
-on its own row number and coordinates only, so it is the same for any batch size, batch order offset and padding.
+on its own row number and coordinates only, so it is the same for any batch size, batch order offset and padding on the right.
 """
 
 from __future__ import annotations
@@ -67,9 +67,18 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 16)
 
 
-def columns(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the counters of ``size`` channels, int32 (size,): multiples of the golden ratio modulo 2³²."""
-    return torch.arange(size, dtype=torch.int32, device=device) * GOLDEN
+def columns(size: int, device: torch.device | str = "cpu", first: int = 0) -> Tensor:
+    """Return the counters of ``size`` channels from ``first`` on, int32 (size,): multiples of the golden ratio modulo 2³²."""
+    return _spread(torch.arange(size, device=device) + first)
+
+
+def _spread(numbers: Tensor) -> Tensor:
+    """Return whole numbers times the golden ratio modulo 2³², int32.
+
+    In 64 bits, where it does not overflow: a C++ compiler takes an index whose 32-bit multiple would overflow for one that
+    does not occur, and Inductor's loops then write past their ends. ``^ 0`` keeps Inductor from multiplying the index itself.
+    """
+    return ((numbers.to(torch.int64) ^ 0) * GOLDEN).to(torch.int32)
 
 
 def row_keys(
@@ -90,9 +99,9 @@ def row_keys(
     inner = shape[0] if shared else shape[0] // batch
     rows = torch.arange(shape[0], dtype=torch.int32, device=key.device)
     sample = rows // inner
-    keys = mix(mix((sample if shared else sample + run[2:3]) ^ base) + (rows - sample * inner) * GOLDEN)
+    keys = mix(mix((sample if shared else sample + run[2:3]) ^ base) + _spread(rows - sample * inner))
     for size in shape[1:-1]:
-        keys = mix(keys.unsqueeze(-1) + (columns(size, key.device) + GOLDEN))
+        keys = mix(keys.unsqueeze(-1) + columns(size, key.device, first=1))
     return keys
 
 

@@ -132,6 +132,8 @@ def measure(
     """
     if not batches:
         raise InputError("there are no samples to measure on")
+    if answers is not None and executor is not None:
+        raise InputError("answers are generated in this process; leave the executor out")
     worker = Worker(program, WholeGraph(forward) if not isinstance(forward, Engine) else forward, batches, sweep, answers)
     started, total = time.perf_counter(), sweep.size * len(batches)
     compiled_before = getattr(worker.engine, "compile_seconds", 0.0)

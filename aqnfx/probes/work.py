@@ -151,7 +151,7 @@ class Worker:
         counted = {**clean, "tokens": batch.score_mask[: batch.size].sum(1).cpu().numpy()}
         scores = {name: values.tolist() for name, values in counted.items()}
         if self.answers is not None:
-            scores["exact_match"] = self.answers.correct(batch)
+            scores["exact_match"] = self._answered(self.answers, batch)
         self._batch, self._clean = number, Outcome(item=clean_item(number), scores=scores)
 
     def _run(self, item: Item) -> Outcome:
@@ -163,8 +163,8 @@ class Worker:
         try:
             scores = self._score(self._reference, probe)
             if self.answers is not None:
-                scores["exact_match"] = self.answers.correct(
-                    self.batches[number], probe.sites, level=self.sweep.levels[lv], seed=self.sweep.seeds[k]
+                scores["exact_match"] = self._answered(
+                    self.answers, self.batches[number], probe.sites, self.sweep.levels[lv], self.sweep.seeds[k]
                 )
             return Outcome(item=item, scores=scores)
         except (FiringError, ModelError, Interrupted):
@@ -184,6 +184,14 @@ class Worker:
         between = time.perf_counter()
         found = {name: values.tolist() for name, values in score(ref, logits).items()}
         self._spent(started, between)
+        return found
+
+    def _answered(
+        self, answers: Answers, batch: Batch, sites: Sequence[str] = (), level: float = 0.0, seed: int = 0
+    ) -> list[float]:
+        started = time.perf_counter()
+        found = answers.correct(batch, sites, level=level, seed=seed)
+        self.seconds["run"] += time.perf_counter() - started
         return found
 
     def _spent(self, started: float, between: float) -> None:

@@ -12,7 +12,7 @@ from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.errors import InputError, SelectorError
-from aqnfx.live.generation import Generator, final_answer
+from aqnfx.live.generation import Generator, final_answer, until
 from tests.cli.tiny import save_answers, save_model
 
 QUESTIONS = ("One dog?", "A red barn and a blue stone by a river?", "Two", "The rain fell on the roof?", "Cat", "Who sang?")
@@ -35,6 +35,11 @@ def test_final_answers() -> None:
     assert final_answer("1+1=2.\n#### 1,002 \nQ: more", True) == "1002"
     assert final_answer("1+1=2.", True) == ""
     assert final_answer(" yes, it is\n", False) == "yes, it is"
+
+
+def test_what_follows_the_end_is_no_answer() -> None:
+    assert until([5, 6, 2, 0, 0], {2, 7}) == [5, 6]
+    assert until([5, 6], {2}) == [5, 6]
 
 
 def test_generated_answers_are_those_of_the_model_one_by_one(made: tuple[Path, Path]) -> None:
@@ -96,6 +101,7 @@ def test_noise_is_of_the_sample_and_the_seed(made: tuple[Path, Path]) -> None:
         ({"executor": "ray"}, "task generate runs in one process"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
         ({"stop": ("",)}, "stop must be texts that are not empty"),
+        ({"stop": 5}, "stop must be texts that are not empty"),
     ],
 )
 def test_options_that_cannot_be_meant(change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from aqnfx.live import inline_noise
 from aqnfx.live.backend import Backend
 from aqnfx.live.inline_noise import InlineNoise, compile_inlined
 from aqnfx.live.instrument import instrument
-from aqnfx.live.lower_noise import register
+from aqnfx.live.lower_noise import NORMAL, register
 from aqnfx.numerics.noise import NoiseKind, mix32, normal_of
 from tests.live.small import Tiny, batch, gradients
 
@@ -60,6 +61,19 @@ def rewritten(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that is filled with the number of draws in every graph that was rewritten."""
+    seen: list[int] = []
+    plain = InlineNoise.__call__
+
+    def watched(self: InlineNoise, graph: Any) -> None:
+        plain(self, graph)
+        seen.append(sum(node.target is NORMAL for node in graph.nodes))
+
+    monkeypatch.setattr(InlineNoise, "__call__", watched)
+    return seen
+
+
 @pytest.mark.parametrize("kind", NoiseKind)
 def test_every_kind_is_what_the_operator_gives(kind: NoiseKind, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, given = rewritten(monkeypatch), arguments()
@@ -74,6 +88,36 @@ def test_every_kind_is_what_the_operator_gives(kind: NoiseKind, monkeypatch: pyt
         assert torch.allclose(a, b, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+def test_compiled_noise_writes_nothing_but_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 32-bit multiple of an index overflows; a C++ compiler may then drop the ends of loops (see ``columns``)."""
+    kept: list[tuple[int, Tensor]] = []
+
+    def padded(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(size)
+        held = torch.full((count + 128,), 7, dtype=dtype)
+        kept.append((count, held))
+        return held[64 : 64 + count].as_strided(size, stride)
+
+    monkeypatch.setattr(torch._C._dynamo.guards, "_empty_strided_cpu", padded)
+    _, level, key, second, run = arguments()
+    for shape in ((6, 37), (5, 3, 37), (2, 9, 3)):
+        value = torch.ones(shape)
+
+        def noised(*given: Tensor, batch: int = shape[0]) -> tuple[Tensor, ...]:
+            x, level, *keys, run = given
+            return tuple(NOISE(x, level, key, run, None, None, batch, "uniform") for key in keys)
+
+        torch._dynamo.reset()
+        with uncached(), torch.no_grad():
+            found = torch.compile(noised, backend=compile_inlined)(value, level, key, second, run)
+            expected = noised(value, level, key, second, run)
+        assert all(torch.allclose(a, b, rtol=2e-6) for a, b in zip(found, expected, strict=True))
+    assert kept
+    for count, held in kept:
+        assert (held[:64] == 7).all()
+        assert (held[64 + count :] == 7).all()
+
+
 def test_hashes_are_identical_and_normals_close() -> None:
     register()
     bits = torch.randint(-(1 << 31), (1 << 31) - 1, (4099,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
@@ -83,9 +127,9 @@ def test_hashes_are_identical_and_normals_close() -> None:
     assert torch.allclose(torch.compile(torch.ops.aqnfx.normal)(bits), normal_of(bits), rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("together", [inline_noise.TOGETHER, 0])
-def test_draws_alone_or_together_are_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = rewritten(monkeypatch)
+@pytest.mark.parametrize(("together", "drawn"), [(inline_noise.TOGETHER, 3), (0, 5)])
+def test_draws_alone_or_together_are_the_same(together: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, normals = rewritten(monkeypatch), kernels(monkeypatch)
     monkeypatch.setattr(inline_noise, "TOGETHER", together)
     model, x = Tiny(), batch()
     selected = {"level": 0.1, "ops": "linear", "seed": 3, "step": 0, "phases": "both"}
@@ -98,6 +142,7 @@ def test_draws_alone_or_together_are_the_same(together: int, monkeypatch: pytest
         expected = model(x)
         wanted = gradients(model, expected.square().sum())
     assert seen == [5, 0, 5, 0]  # the values of five linear layers, and their gradients
+    assert normals == [drawn, drawn]  # of 8, 4 and 3 channels
     assert torch.allclose(noised, expected, rtol=1e-5, atol=1e-5)
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-4), name
@@ -117,6 +162,37 @@ def test_other_sites_still_go_by_the_operator() -> None:
     for ops in ("linear", "add|linear"):
         assert torch.allclose(noised["inductor", ops], noised["eager", ops], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(noised["inductor", "linear"], noised["inductor", "add|linear"])
+
+
+def test_kinds_of_one_graph_keep_to_themselves() -> None:
+    def both(x: Tensor, level: Tensor, first: Tensor, second: Tensor, run: Tensor) -> tuple[Tensor, ...]:
+        kinds = (NoiseKind.BIAS, NoiseKind.RELATIVE_GAUSSIAN, NoiseKind.UNIFORM, NoiseKind.BIAS)
+        return tuple(NOISE(x * (n + 1), level, first, run, None, None, x.shape[0], k) for n, k in enumerate(kinds))
+
+    given = arguments()
+    with uncached(), torch.no_grad():
+        found, expected = torch.compile(both, backend=compile_inlined)(*given), both(*given)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def test_values_that_may_become_longer_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def two(x: Tensor, level: Tensor, first: Tensor, second: Tensor, run: Tensor, batch: int) -> tuple[Tensor, ...]:
+        return NOISE(x, level, first, run, None, None, batch, "relative_gaussian"), NOISE(
+            x + 1.0, level, second, run, None, None, batch, "relative_gaussian"
+        )
+
+    _, *controls = arguments()
+    for open_dimension, expected in ((0, 1), (1, 2)):
+        normals = kernels(monkeypatch)
+        x = torch.ones(4, 5, 8)
+        torch._dynamo.mark_dynamic(x, open_dimension)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, *c: two(x, *c, x.shape[0]), backend=compile_inlined)
+        with uncached(), torch.no_grad():
+            compiled(x, *controls)
+        assert normals[-1] == expected
+        monkeypatch.undo()
 
 
 def test_passes_of_the_user_still_run() -> None:
