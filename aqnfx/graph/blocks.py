@@ -20,6 +20,7 @@ from aqnfx.graph.render import render
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag, static_size
 from aqnfx.numerics.noise import with_keys
+from aqnfx.numerics.ops import MIX, NORMAL
 
 
 def number_blocks(program: Program) -> dict[Node, int]:
@@ -152,6 +153,9 @@ def lower(block: Block) -> Block:
 
     Sites of one shape share one call of ``aqnfx::row_keys``. The result has a fingerprint of its own.
     """
+    from aqnfx.numerics.lowerings import register  # loads Inductor
+
+    register()
     graph = Graph()
     graph.output(graph.graph_copy(block.module.graph, {}))
     groups: dict[tuple[Any, ...], list[Node]] = {}
@@ -181,7 +185,7 @@ def _inlined(
     x: torch.Tensor, level: torch.Tensor, keys: torch.Tensor, place: int, channels: torch.Tensor | None,
     cols: torch.Tensor | None, kind: str, channel_dim: int, keep_zeros: bool,
 ) -> torch.Tensor:  # fmt: skip
-    return with_keys(x, level[0], keys[place], channels, cols, kind, channel_dim, keep_zeros)
+    return with_keys(x, level[0], keys[place], channels, cols, kind, channel_dim, keep_zeros, MIX, NORMAL)
 
 
 def _fingerprint(graph: Graph) -> str:

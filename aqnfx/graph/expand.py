@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,31 @@ def _signature(value: Any) -> Any:
     return str(tensor.dtype), str(tuple(tensor.shape)), str(tensor.stride()), str(tensor.device)
 
 
+def traced(
+    function: Callable[..., Any], arguments: Sequence[Any], named: Mapping[str, Any], traces: Traces, **how: Any
+) -> Graph:
+    """Return the graph of ``function`` called with ``arguments`` and ``named``, whose placeholders are the nodes among them.
+
+    ``how`` are options of ``make_fx``; ``traces`` is filled, and saves tracing the same function again at the same shapes.
+    """
+    everything = (*arguments, *named.values())
+    key = (function, *map(_signature, everything), *named)
+    if key in traces:
+        return traces[key]
+
+    def call(*given: Any) -> Any:
+        it = iter(given)
+        filled = [next(it) if isinstance(a, Node) else a for a in everything]
+        return function(*filled[: len(arguments)], **dict(zip(named, filled[len(arguments) :], strict=True)))
+
+    values = [a.meta["val"] for a in everything if isinstance(a, Node)]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    found = make_fx(call, **how)(*(_fake(value, mode) if mode else value for value in values))
+    found.graph.eliminate_dead_code()
+    traces[key] = found.graph
+    return found.graph
+
+
 def expand(module: GraphModule, node: Node, function: Callable[..., Any], traces: Traces | None = None) -> None:
     """Replace ``node`` by ``function`` called with the same arguments; the new nodes take its tag and module stack.
 
@@ -47,25 +72,12 @@ def expand(module: GraphModule, node: Node, function: Callable[..., Any], traces
     """
     traces = {} if traces is None else traces
     mode = fake_mode(module)
-    arguments = (*node.args, *node.kwargs.values())
-    operands = [a for a in arguments if isinstance(a, Node)]
-    values = [_fake(a.meta["val"], mode) if mode else a.meta["val"] for a in operands]
-
-    def call(*given: Any) -> Any:
-        it = iter(given)
-        filled = [next(it) if isinstance(a, Node) else a for a in arguments]
-        positional, named = filled[: len(node.args)], filled[len(node.args) :]
-        return function(*positional, **dict(zip(node.kwargs, named, strict=True)))
-
     # pre_dispatch keeps matmul, softmax and the like whole, so that they are tagged as what they are.
     # Symbolic mode, or sizes among the operands would be fixed at their example values.
     kind: Literal["symbolic", "real"] = "symbolic" if mode and mode.shape_env else "real"
-    key = (function, *map(_signature, arguments), *node.kwargs)
-    if key not in traces:
-        traced = make_fx(call, pre_dispatch=True, tracing_mode=kind)(*values)
-        traced.graph.eliminate_dead_code()
-        traces[key] = traced.graph
-    result = inline(node, traces[key], operands)
+    graph = traced(function, node.args, node.kwargs, traces, pre_dispatch=True, tracing_mode=kind)
+    operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node)]
+    result = inline(node, graph, operands)
     if isinstance(result, Node):
         if "val" in node.meta and "val" in result.meta:
             result.meta["val"] = node.meta["val"]  # in the symbols of this graph

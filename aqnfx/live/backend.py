@@ -91,8 +91,7 @@ class Backend:
     graphs: list[LiveGraph] = field(default_factory=list)
     call: dict[LiveGraph, None] = field(default_factory=dict)
     managed: bool = False
-    fast: str = FAST
-    _fast: Selector | None = None
+    fast: str | Selector | None = FAST
     _alive: weakref.ref[nn.Module] | None = None
     _last: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -105,7 +104,8 @@ class Backend:
             raise PassError(f"{wrong} keeps values of whole runs and works on traced programs; use aqnfx.trace for it")
         if isinstance(self.inner, str) and self.inner not in INNER:
             raise InputError(f"inner backend {self.inner!r} is not one of {', '.join(INNER)}; or pass a callable")
-        self._fast = Selector.parse(self.fast) if self.fast else None
+        if isinstance(self.fast, str):
+            self.fast = Selector.parse(self.fast) if self.fast else None
         if model is not None:
             self._alive = weakref.ref(model)  # what a model holds must not keep it
 
@@ -132,8 +132,9 @@ class Backend:
             fragment = -1 if compile_id is None or compile_id.frame_id is None else compile_id.frame_id
             tagged = ShiftOrdinals(starts=self._starts())(tagged)
             assert isinstance(self.pipeline, Pipeline)
+            assert not isinstance(self.fast, str)
             rewritten = _allowing_empty(self.pipeline)(tagged)
-            made = Code.of(lowered, rewritten, captured, examples, self.inner, self._fast)
+            made = Code.of(lowered, rewritten, captured, examples, self.inner, self.fast)
             sites = tuple(site.id for site in tagged.sites)
             modules = frozenset(name for node in tagged.graph.nodes for name, _ in module_stack(node))
             run = self._bind(made, fragment, sites, modules, lambda name: name)

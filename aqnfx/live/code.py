@@ -19,7 +19,6 @@ from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import constant, get_tag, is_ours
 from aqnfx.live.eager_noise import draw_together
-from aqnfx.live.inline_noise import compile_inlined
 from aqnfx.live.lowering import Lowered, with_regions
 
 Control = tuple[str, Tensor, Site | None]
@@ -48,7 +47,6 @@ class Code:
     _module: GraphModule
     _lowered: Lowered
     _captured: GraphModule
-    _eager: bool = False
     _compiled: Mapping[frozenset[str], Call] | None = None  # by the sites that may be on, the fewest first
     _calls: dict[frozenset[str], Call] = field(default_factory=dict)
 
@@ -65,8 +63,8 @@ class Code:
         module.graph.eliminate_dead_code()
         known = {site.id: site for site in rewritten.all_sites}
         controls = _lift(module, lowered, known)
-        made = cls(controls=tuple(controls), _module=module, _lowered=lowered, _captured=captured, _eager=inner == "eager")
-        if made._eager:
+        made = cls(controls=tuple(controls), _module=module, _lowered=lowered, _captured=captured)
+        if inner == "eager":
             return made
         mode = detect_fake_mode()
         # Their sizes are constants: they must not be taken for those of the batch.
@@ -75,6 +73,8 @@ class Code:
         few = frozenset[str]()
         if inner == "inductor" and fast is not None:
             few = frozenset(site for site in switches if fast.matches(known[site]))
+        from aqnfx.live.inline_noise import compile_inlined  # loads Inductor
+
         compiled = dict[frozenset[str], Call]()
         for active in (frozenset[str](), few, switches):
             if active in compiled:
@@ -96,6 +96,8 @@ class Code:
             if len(self._calls) >= _KEPT:
                 self._calls.pop(next(iter(self._calls)))
             module, names = self._graph(active)
+            if active and not self._lowered.regions:  # a region is run again by itself
+                draw_together(module)
             self._calls[active] = Call(module.forward, names)
         return self._calls[active]
 
@@ -119,8 +121,6 @@ class Code:
             if is_switched(node) and str(get_tag(node).site) not in active:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
-        if self._eager and not self._lowered.regions:  # a region is run again by itself
-            draw_together(graph)
         unused = []
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         names = [name for name, _, _ in self.controls]

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph
+from torch.fx import GraphModule
 
 from aqnfx.graph.controls import NOISE
-from aqnfx.live.inline_noise import TOGETHER, NoiseCall, groups
-from aqnfx.numerics.noise import NoiseKind, along, columns, draws, host_row_keys, perturb_by, row_keys
+from aqnfx.live.noise_calls import TOGETHER, NoiseCall, groups
+from aqnfx.numerics.noise import NoiseKind, along, draws_for, host_row_keys, perturb, row_keys
 
 
-def draw_together(graph: Graph) -> None:
+def draw_together(module: GraphModule) -> None:
     """Let sites whose values have one shape share a call for their draws; results are the same bit for bit."""
+    graph = module.graph
     for nodes in groups([node for node in graph.nodes if node.target is NOISE]):
         calls = [NoiseCall.of(node) for node in nodes]
         first = calls[0]
@@ -30,6 +31,7 @@ def draw_together(graph: Graph) -> None:
         for place, node in enumerate(nodes):
             node.args = (drawn, place, *node.args)
             node.target = noisy
+    module.recompile()
 
 
 def draw(x: Tensor, run: Tensor, cols: Tensor | None, batch: int, kind: str, keys: Sequence[Tensor]) -> Tensor | None:
@@ -41,10 +43,7 @@ def draw(x: Tensor, run: Tensor, cols: Tensor | None, batch: int, kind: str, key
         rows = host_row_keys(shape, batch, key, run, 0)
     else:
         rows = row_keys(shape, batch, key.unsqueeze(-1), run, 0)
-    rows = rows.reshape(len(keys), *(shape[:-1] or (1,)))
-    if x.dim() > 1:
-        rows = rows.unsqueeze(-1)
-    return draws(rows, columns(shape[-1], x.device) if cols is None else cols, kind)
+    return draws_for(shape, rows.reshape(len(keys), *(shape[:-1] or (1,))), cols, kind)
 
 
 def noisy(
@@ -57,4 +56,4 @@ def noisy(
     if drawn is None or torch.is_grad_enabled():
         found: Tensor = NOISE(x, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros, compiled)
         return found
-    return perturb_by(x, level[phase], drawn[place], along(channels, channel_dim, x), kind, keep_zeros)
+    return perturb(x, level[phase], drawn[place], along(channels, channel_dim, x), kind, keep_zeros)

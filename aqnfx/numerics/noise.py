@@ -7,7 +7,7 @@ on its own row number and coordinates only, so it is the same for any batch size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -190,22 +190,30 @@ def draws(
     return bits.to(torch.float32) * (math.sqrt(3.0) * 2.0**-31) if kind == NoiseKind.UNIFORM else normal(bits)
 
 
+def draws_for(
+    shape: Sequence[int], keys: Tensor, cols: Tensor | None, kind: str, mix: Callable[[Tensor], Tensor] = mix32,
+    normal: Callable[[Tensor], Tensor] = normal_of,
+) -> Tensor | None:  # fmt: skip
+    """Return :func:`draws` for values of ``shape`` from their row keys, of one site or of K sites in front; see :func:`row_keys`.
+
+    ``cols`` None: the counters of the last dimension are made here. The draws of a value without dimensions are (1,).
+    """
+    if len(shape) > 1:
+        keys = keys.unsqueeze(-1)
+    if cols is None:
+        cols = columns(shape[-1] if shape else 1, keys.device)
+    return draws(keys, cols, kind, mix, normal)
+
+
 def perturb(
-    x: Tensor, level: Tensor, keys: Tensor, cols: Tensor, channels: Tensor | None, kind: str, keep_zeros: bool = False
+    x: Tensor, level: Tensor, drawn: Tensor | None, channels: Tensor | None, kind: str, keep_zeros: bool = False
 ) -> Tensor:
-    """Return ``x`` with noise of ``kind`` and scalar tensor ``level``; ``x`` is (…, C), ``keys`` (…, 1), ``cols`` (C,).
+    """Return ``x`` with noise of ``kind`` and scalar tensor ``level``; ``drawn`` are :func:`draws` of the shape of ``x``.
 
     ``channels`` fp32 is a factor on the level that broadcasts against ``x``, 0 for channels without noise. Where the
     level is 0 and where ``x`` is not finite the result is ``x`` bit for bit, with ``keep_zeros`` also where ``x`` is 0.
     Arithmetic is in fp32 at least; the result has the dtype of ``x``.
     """
-    return perturb_by(x, level, draws(keys, cols, kind), channels, kind, keep_zeros)
-
-
-def perturb_by(
-    x: Tensor, level: Tensor, drawn: Tensor | None, channels: Tensor | None, kind: str, keep_zeros: bool = False
-) -> Tensor:
-    """Return :func:`perturb` for :func:`draws` of the shape of ``x`` that exist already; None for a kind without."""
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     magnitude = wide.abs()
     if channels is not None:
@@ -244,16 +252,14 @@ def noise_reference(
 
 def with_keys(
     x: Tensor, level: Tensor, keys: Tensor, channels: Tensor | None, cols: Tensor | None,
-    kind: str, channel_dim: int, keep_zeros: bool,
+    kind: str, channel_dim: int, keep_zeros: bool, mix: Callable[[Tensor], Tensor] = mix32,
+    normal: Callable[[Tensor], Tensor] = normal_of,
 ) -> Tensor:  # fmt: skip
     """Return :func:`noise_reference` for row keys (of the shape of ``x`` but the last dimension) that exist already."""
-    if x.dim() > 1:
-        keys = keys.unsqueeze(-1)
-    if cols is None:
-        cols = columns(x.shape[-1] if x.dim() else 1, x.device)
-    if x.dim() == 0:
-        keys, cols = keys.reshape(()), cols.reshape(())
-    return perturb(x, level, keys, cols, along(channels, channel_dim, x), kind, keep_zeros)
+    drawn = draws_for(x.shape, keys, cols, kind, mix, normal)
+    if drawn is not None and x.dim() == 0:
+        drawn = drawn.reshape(())
+    return perturb(x, level, drawn, along(channels, channel_dim, x), kind, keep_zeros)
 
 
 def along(channels: Tensor | None, channel_dim: int, x: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqnfx.numerics.noise import columns, host_row_keys, mix32, normal_of, perturb, row_keys, with_keys
+from aqnfx.numerics.noise import columns, draws, host_row_keys, mix32, normal_of, perturb, row_keys, with_keys
 
 
 @functools.cache
@@ -20,8 +20,17 @@ def _compiled_perturb(variant: tuple[Any, ...]) -> Callable[..., Tensor]:
     A copy of the code object for each: Dynamo counts recompilations per code object and gives up after a few, and a
     process that measures several models needs more than those few kernels.
     """
-    copy = types.FunctionType(perturb.__code__.replace(), perturb.__globals__, "perturb", perturb.__defaults__)
+    from aqnfx.numerics.lowerings import register  # loads Inductor
+
+    register()
+    copy = types.FunctionType(_perturb_rows.__code__.replace(), _perturb_rows.__globals__, "perturb_rows")
     return torch.compile(copy, dynamic=True, fullgraph=True)
+
+
+def _perturb_rows(
+    x: Tensor, level: Tensor, keys: Tensor, cols: Tensor, channels: Tensor | None, kind: str, keep_zeros: bool
+) -> Tensor:
+    return perturb(x, level, draws(keys, cols, kind, MIX, NORMAL), channels, kind, keep_zeros)
 
 
 def _rows_first(x: Tensor) -> list[int] | None:
@@ -126,6 +135,9 @@ def _(x: Tensor) -> Tensor:
 @normal.register_fake
 def _(bits: Tensor) -> Tensor:
     return torch.empty_like(bits, dtype=torch.float32)
+
+
+MIX, NORMAL = torch.ops.aqnfx.mix32.default, torch.ops.aqnfx.normal.default
 
 
 @torch.library.custom_op("aqnfx::count", mutates_args=("hits",))

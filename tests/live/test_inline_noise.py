@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from aqnfx.errors import SelectorError
-from aqnfx.live import inline_noise
+from aqnfx.live import noise_calls
 from aqnfx.live.backend import Backend
 from aqnfx.live.inline_noise import InlineNoise, compile_inlined
 from aqnfx.live.instrument import instrument
-from aqnfx.live.lower_noise import NORMAL, register
+from aqnfx.numerics.lowerings import register
 from aqnfx.numerics.noise import NoiseKind, mix32, normal_of
+from aqnfx.numerics.ops import NORMAL
 from tests.live.small import Tiny, batch, gradients
 
 NOISE = torch.ops.aqnfx.noise
@@ -127,10 +128,10 @@ def test_hashes_are_identical_and_normals_close() -> None:
     assert torch.allclose(torch.compile(torch.ops.aqnfx.normal)(bits), normal_of(bits), rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("together", "drawn"), [(inline_noise.TOGETHER, 3), (0, 5)])
+@pytest.mark.parametrize(("together", "drawn"), [(noise_calls.TOGETHER, 3), (0, 5)])
 def test_draws_alone_or_together_are_the_same(together: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, normals = rewritten(monkeypatch), kernels(monkeypatch)
-    monkeypatch.setattr(inline_noise, "TOGETHER", together)
+    monkeypatch.setattr(noise_calls, "TOGETHER", together)
     model, x = Tiny(), batch()
     selected = {"level": 0.1, "ops": "linear", "seed": 3, "step": 0, "phases": "both"}
     with uncached(), instrument(model) as handle:

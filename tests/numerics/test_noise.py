@@ -399,7 +399,7 @@ def test_channels_of_another_dimension(dim):
 def test_an_unknown_kind_is_refused():
     x = torch.ones(2, 2)
     with pytest.raises(ValueError, match="noise kind 'pink' is not one of relative_gaussian"):
-        perturb(x, torch.tensor(0.1), torch.zeros(2, 1, dtype=torch.int32), columns(2), None, "pink")
+        perturb(x, torch.tensor(0.1), torch.ones(2, 2), None, "pink")
 
 
 # Shapes and layouts --------------------------------------------------------------------------------------------------

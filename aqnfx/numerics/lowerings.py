@@ -1,6 +1,6 @@
 """What ``aqnfx::mix32`` and ``aqnfx::normal`` are to Inductor: one pointwise operation each, of some twenty instructions.
 
-Written as tensor operations they take Inductor minutes: it follows every use of a value by itself, and a hash uses each of its
+Written as tensor operations they take Inductor very long: it follows every use of a value by itself, and a hash uses each of its
 intermediate values twice, one after the other.
 """
 
@@ -14,11 +14,8 @@ import torch
 from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
-import aqnfx.numerics.ops  # noqa: F401  # registers the operators
 from aqnfx.numerics.noise import EXPONENT, LOG, MIX_1, MIX_2, SIN, TWO_THIRDS
-
-MIX = torch.ops.aqnfx.mix32.default
-NORMAL = torch.ops.aqnfx.normal.default
+from aqnfx.numerics.ops import MIX, NORMAL
 
 
 def _int(value: int) -> Any:
