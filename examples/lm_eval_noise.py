@@ -53,8 +53,7 @@ def main() -> None:
         try:
             lm = harness_lm(handle, tokenizer, batch_size=min(limit, 16))
         except InputError as error:
-            print(error)
-            return
+            raise SystemExit(str(error)) from error
         from lm_eval.evaluator import simple_evaluate
 
         for level in (0.0, *levels):

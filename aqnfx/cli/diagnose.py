@@ -62,7 +62,7 @@ def command(
     layers: str = typer.Option(None, help="Layers: 0-4,7 (default: all)."),
     task: str = typer.Option(None, help="kl, nll, top1_agreement, exact_match or generate (default: by the data)."),
     max_new_tokens: int = typer.Option(None, help="Most tokens of an answer (task generate; default: by the data)."),
-    stop: list[str] = typer.Option(None, help="Text that ends an answer, repeatable (task generate; default: a new Q:)."),
+    stop: list[str] = typer.Option(None, help="Text that ends an answer, \\n for a new line; repeatable (default: \\nQ:)."),
     noise: str = typer.Option("relative_gaussian", help="Kind of noise."),
     perturb: str = typer.Option(None, help="Number format whose error takes the place of noise: mxfp4, int8:token, …"),
     roles: str = typer.Option(None, help="What is perturbed: output, input, weight, key, value, other or auto."),

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
-from aqnfx.live.generation import STOP, Generator
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
@@ -40,6 +39,9 @@ from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
 from aqnfx.probes.ray_executor import RayExecutor, identity_of
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
+
+if TYPE_CHECKING:
+    from aqnfx.live.generation import Generator
 
 
 def diagnose(
@@ -83,10 +85,20 @@ def run(
     status: Any = None,
 ) -> Measurements:
     """Do the predicting and measuring part of :func:`diagnose` and return the raw scores."""
-    tell, began, costs = status or (lambda _text: None), time.perf_counter(), {}
+    tell, began = status or (lambda _text: None), time.perf_counter()
     if calibration is not None and options.method == "measure":
         raise InputError("calibration data is for activation statistics, which --method measure does not read; leave it out")
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    with _answers(ready, options) as answers:  # what cannot generate is refused before anything slow
+        return _run(model, data, ready, options, answers, calibration, journal, progress, tell, began)
+
+
+def _run(
+    model: nn.Module | Program | str | Path, data: Data, ready: Prepared, options: Options, answers: Generator | None,
+    calibration: Data | None, journal: str | Path | None, progress: Progress | None, tell: Any,
+    began: float,
+) -> Measurements:  # fmt: skip
+    costs = dict[str, Any]()
     predictions, captures, probes = None, None, ready.probes
     if options.method != "measure":
         tell("predicting")
@@ -113,13 +125,12 @@ def run(
     recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
     identity = _identity(noisy, ready, sweep, options, work) | {"compile": compiled}
+    if answers is not None:
+        identity["generate"] = answers.record()
+    facts = _facts(noisy, ready, data, identity, options)
+    if predictions is not None:
+        facts["predict"] = dict(predictions.provenance)
     with contextlib.ExitStack() as stack:
-        answers = stack.enter_context(_generator(ready, options)) if options.task == "generate" else None
-        if answers is not None:
-            identity["generate"] = answers.record()
-        facts = _facts(noisy, ready, data, identity, options)
-        if predictions is not None:
-            facts["predict"] = dict(predictions.provenance)
         keep = stack.enter_context(Journal(Path(journal), identity)) if journal is not None else None
         elsewhere = stack.enter_context(executor_for(recipe, noisy, options)) if recipe is not None else None
         found = measure(
@@ -187,13 +198,18 @@ def executor_for(recipe: Recipe, program: Program, options: Options) -> Iterator
 
 
 @contextlib.contextmanager
-def _generator(ready: Prepared, options: Options) -> Iterator[Generator]:
-    """Yield what answers the questions of the samples on the live model, which is given back afterwards."""
-    if ready.model is None:
-        raise InputError("task generate needs the model itself, which runs with its KV cache; a Program was given")
+def _answers(ready: Prepared, options: Options) -> Iterator[Generator | None]:
+    """Yield what answers the questions on the live model, which is given back afterwards; None without that task."""
+    if options.task != "generate":
+        yield None
+        return
+    from aqnfx.live.generation import STOP, Generator, most_new_tokens  # loads Dynamo
+
+    new = most_new_tokens(ready.model, ready.encoded, options.max_new_tokens)
+    assert ready.model is not None  # or that would have raised
     made = Generator.of(
         ready.model, ready.tokenizer, ready.encoded, pad=ready.pad, where=options.where, noise=options.noise,
-        max_new_tokens=options.max_new_tokens, stop=STOP if options.stop is None else options.stop,
+        max_new_tokens=new, stop=STOP if options.stop is None else options.stop,
         inner="inductor" if options.compile == "yes" else "eager",
     )  # fmt: skip
     training = ready.model.training

@@ -21,7 +21,8 @@ _BACKWARD = 2.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """The work of a run: ``runs`` are noisy forward passes of a batch, ``share`` the part of the model that one of them runs
-    on average; ``probes`` an upper bound where predictions choose. Seconds are estimates from one timed forward pass.
+    on average; ``probes`` an upper bound where predictions choose. Seconds are estimates from one timed forward pass;
+    what it takes to generate answers of at most ``new_tokens`` is not in them.
     """
 
     probes: int
@@ -34,6 +35,7 @@ class Forecast:
     predict_seconds: float
     compile_seconds: float
     measure_seconds: float
+    new_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -54,6 +56,11 @@ class Forecast:
         ]
         parts = {"predicting": self.predict_seconds, "compiling": self.compile_seconds, "measuring": self.measure_seconds}
         text = ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items() if seconds)
+        if self.new_tokens:
+            found.append(
+                f"generated on top of that, and not in the time below: {self.batches + self.runs} batches of answers of at most "
+                f"{self.new_tokens} tokens"
+            )
         return [*found, f"about {_time(self.seconds)} ({text}), from one batch in {self.forward_seconds:.2f} s"]
 
 
@@ -86,7 +93,16 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
         compiled=compiled, forward_seconds=once, predict_seconds=predict,
         compile_seconds=compile_seconds(ready.program, compiled),
         measure_seconds=once * passes * (1 + runs / len(work) * share),
+        new_tokens=_new_tokens(ready, options),
     )  # fmt: skip
+
+
+def _new_tokens(ready: Prepared, options: Options) -> int:
+    if options.task != "generate":
+        return 0
+    from aqnfx.live.generation import most_new_tokens  # loads Dynamo
+
+    return most_new_tokens(ready.model, ready.encoded, options.max_new_tokens)
 
 
 def _time(seconds: float) -> str:

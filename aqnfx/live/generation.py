@@ -37,6 +37,29 @@ def until(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
+def most_new_tokens(model: nn.Module | None, samples: Sequence[Encoded], asked: int | None = None) -> int:
+    """Return how many tokens an answer may have: ``asked``, or a quarter more than the longest answer of ``samples``.
+
+    Raises :class:`InputError` for no model (a traced program has no cache), for one that does not generate, for a sample
+    without an answer or a prompt, and where prompt and answer do not fit into the model's positions.
+    """
+    if model is None:
+        raise InputError("task generate needs the model itself, which runs with its KV cache; a Program was given")
+    if not callable(getattr(model, "generate", None)):
+        raise InputError(f"task generate needs a model with a method generate; {type(model).__name__} has none")
+    answers = [sample.answer for sample in samples if sample.answer is not None and sample.answer[0] > 0]
+    if not answers or len(answers) < len(samples):
+        raise InputError("task generate needs records with question and answer")
+    longest, prompt = max(end - start for start, end in answers), max(start for start, _ in answers)
+    new = asked if asked is not None else longest + (longest + 3) // 4
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and prompt + new > limit:
+        raise InputError(
+            f"a prompt has {prompt} tokens and {new} are to be generated; the model takes {limit}: lower max_new_tokens"
+        )
+    return new
+
+
 @dataclass(frozen=True, slots=True)
 class _Stops:
     """Says which samples have come to a stop: by their text, because one text is many tokens and the other way round."""
@@ -75,22 +98,9 @@ class Generator:
     ) -> Generator:  # fmt: skip
         """Instrument ``model`` at the sites ``where``; ``max_new_tokens`` defaults to a quarter more than the longest answer.
 
-        Raises :class:`InputError` for a sample without an answer or a prompt, for a model that does not generate, and where
-        prompt and answer do not fit into the model's positions.
+        Raises :class:`InputError` where :func:`most_new_tokens` does.
         """
-        if not callable(getattr(model, "generate", None)):
-            raise InputError(f"task generate needs a model with a method generate; {type(model).__name__} has none")
-        answers = [sample.answer for sample in samples]
-        if not answers or any(answer is None or answer[0] < 1 for answer in answers):
-            raise InputError("task generate needs records with question and answer")
-        longest = max(answer[1] - answer[0] for answer in answers if answer is not None)
-        new = max_new_tokens if max_new_tokens is not None else longest + (longest + 3) // 4
-        prompt = max(answer[0] for answer in answers if answer is not None)
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if limit is not None and prompt + new > limit:
-            raise InputError(
-                f"a prompt has {prompt} tokens and {new} are to be generated; the model takes {limit}: lower max_new_tokens"
-            )
+        new = most_new_tokens(model, samples, max_new_tokens)
         # As for the traced program, whose sites these are.
         pipeline = f'decompose-attention{{where="{where}"}},tag-ops,insert-noise{{where="{where}" kind={noise}}}'
         handle = instrument(model, pipeline=pipeline, inner=inner, dynamic=True)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from aqnfx.diagnosis.diagnose import run
+from aqnfx.diagnosis.forecast import forecast
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.errors import InputError, SelectorError
+from aqnfx.graph.frontend import trace
 from aqnfx.live.generation import Generator, final_answer, until
+from aqnfx.probes.samples import load_tokenizer
 from tests.cli.tiny import save_answers, save_model
 
 QUESTIONS = ("One dog?", "A red barn and a blue stone by a river?", "Two", "The rain fell on the roof?", "Cat", "Who sang?")
@@ -109,8 +112,24 @@ def test_options_that_cannot_be_meant(change: dict[str, Any], message: str) -> N
         Options(**{**CHOSEN, **change})
 
 
-def test_what_cannot_generate_is_refused(made: tuple[Path, Path]) -> None:
+def test_what_it_takes_is_said_before(made: tuple[Path, Path]) -> None:
     directory, data = made
+    options = Options(**CHOSEN)
+    found = forecast(prepare(str(directory), data, options, tell=lambda _: None), options)
+    assert found.new_tokens == NEW
+    assert any("6 batches of answers of at most 6 tokens" in line for line in found.lines())  # two, clean and with two seeds
+
+
+def test_what_cannot_generate_is_refused(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, data = made
+
+    def slow(*_: Any, **__: Any) -> Any:
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr("aqnfx.diagnosis.diagnose.predict", slow)
+    program, tokenizer = trace(str(directory)), load_tokenizer(str(directory))
+    with pytest.raises(InputError, match="a Program was given"):
+        run(program, data, Options(**{**CHOSEN, "method": "both"}), tokenizer=tokenizer)
     with pytest.raises(InputError, match="task generate needs"):
         run(str(directory), ["A text without a question, and long enough to be scored."], Options(**CHOSEN))
     with pytest.raises(InputError, match=r"the model takes \d+: lower max_new_tokens"):
