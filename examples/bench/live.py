@@ -3,11 +3,12 @@
     python examples/bench/live.py MODEL [MODEL ...] [--inner inductor,eager] [--rounds 7] [--part speed,agreement,memory]
                                   [--quick] [--out FILE]
 
-MODEL is a Hugging Face directory. Contenders: the model compiled by torch.compile, instrumented at level 0, instrumented with
-noise at all core operators, and noise as hook-based tools make it: autograd functions in place of torch.nn.functional.linear and
-torch.matmul, and hooks that say which layer runs. "agreement" compares logits, gradients and greedy generations with those of
-the compiled model without instrumentation, by both caches and with left padding; "memory" trains 200 steps with noise on values
-and gradients.
+MODEL is a Hugging Face directory; for the agreement also a family of tests/families.py. The file grows: runs of the same sizes
+add up. Contenders: the model compiled by torch.compile, instrumented at level 0, instrumented with noise at all core operators,
+and noise as hook-based tools make it: autograd functions in place of torch.nn.functional.linear and torch.matmul, and hooks that
+say which layer runs. "agreement" compares logits, gradients and greedy generations with those of the compiled model without
+instrumentation, by both caches and with left padding, and noise with that of the eager backend; "memory" trains 200 steps with
+noise on values and gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import finish, interleaved, ratio
+from common import RESULTS, finish, interleaved, ratio
 from torch import Tensor, nn
 
 from aqnfx.live.instrument import Handle, instrument
@@ -165,41 +169,91 @@ def speed(name: str, inner: str, sizes: Sizes) -> dict[str, Any]:
     return found
 
 
-def agreement(name: str, inner: str, sizes: Sizes) -> dict[str, Any]:
-    """Return how far level 0 is from the compiled model: the largest difference of values, and what is bit-identical."""
-    model = load(name)
-    ids = tokens(model, 2, sizes.prompt)
-    mask = torch.ones_like(ids)
-    mask[0, : sizes.prompt // 4] = 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model and what it is called with; ``generates`` is for those that have a decoder."""
 
-    def results() -> dict[str, Any]:
-        torch._dynamo.reset()
-        greedy = {"max_new_tokens": sizes.new, "min_new_tokens": sizes.new, "do_sample": False, "pad_token_id": 0}
-        made = {
-            cache: model.generate(input_ids=ids, attention_mask=mask, cache_implementation=cache, **greedy)  # type: ignore[operator]
+    model: nn.Module
+    given: dict[str, Tensor]
+    labels: Tensor
+    generates: bool = True
+
+    @classmethod
+    def of(cls, name: str, length: int) -> Subject:
+        """Load a directory, or make the tiny model of a family of tests/families.py; the first row is padded on the left."""
+        if Path(name).is_dir():
+            model = load(name)
+            given = {"input_ids": tokens(model, 2, length)}
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        else:
+            sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+            from tests.families import build, inputs
+
+            model, given = build(name), inputs(name, 2, length, pad=0)
+        given["attention_mask"][0, : length // 4] = 0
+        labels = given.get("decoder_input_ids", given["input_ids"])
+        return cls(model=model, given=given, labels=labels, generates=bool(model.can_generate()))  # type: ignore[operator]
+
+    def outputs(self) -> dict[str, Any]:
+        """Return the logits and the gradients of one batch."""
+        out = self.model(**self.given, labels=self.labels, **({"use_cache": False} if self.generates else {}))
+        out.loss.backward()
+        grads = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        return {"logits": out.logits.detach(), **grads}
+
+    def generations(self, new: int) -> dict[str, Tensor]:
+        """Return greedy generations with both caches."""
+        if not self.generates:
+            return {}
+        given = {k: v for k, v in self.given.items() if k != "decoder_input_ids"}
+        greedy = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        return {
+            cache: self.model.generate(**given, **greedy, cache_implementation=cache)  # type: ignore[operator]
             for cache in ("dynamic", "static")
         }
-        out = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
-        out.loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return {**made, "logits": out.logits.detach(), "gradients": grads}
 
-    model.compile(backend=inner)
-    clean = results()
-    model._compiled_call_impl = None
-    with instrument(model, inner=inner) as handle:
-        live = results()
-        unreached = handle.report().unreached
-    grads = [(live["gradients"][n], g) for n, g in clean["gradients"].items()]
-    record = {
-        "same_generation": {cache: bool(torch.equal(live[cache], clean[cache])) for cache in ("dynamic", "static")},
-        "logits_identical": bool(torch.equal(live["logits"], clean["logits"])),
-        "logits_apart": float((live["logits"] - clean["logits"]).abs().max() / clean["logits"].abs().max()),
-        "gradients_identical": live["gradients"].keys() == clean["gradients"].keys() and all(torch.equal(a, b) for a, b in grads),
-        "gradients_apart": max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in grads),
-        "unreached": list(unreached),
+
+def apart(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return whether two results are the same bits, and the largest difference of logits and of gradients, as a share of the
+    largest logit and of the largest gradient.
+    """
+    far = {name: float((found[name] - value).abs().max()) for name, value in wanted.items()}
+    size = {name: float(value.abs().max()) for name, value in wanted.items()}
+    logits = far.pop("logits") / size.pop("logits")
+    return {
+        "identical": found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items()),
+        "logits": logits, "gradients": max(far.values()) / max(size.values()),
     }  # fmt: skip
+
+
+def agreement(name: str, inner: str, sizes: Sizes) -> dict[str, Any]:
+    """Return how far level 0 is from the compiled model, and noise from that of the eager backend."""
+    subject = Subject.of(name, sizes.prompt)
+    model = subject.model
+
+    def compiled(backend: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        torch._dynamo.reset()
+        model.compile(backend=backend)
+        found = subject.outputs(), subject.generations(sizes.new) if backend == inner else {}
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        return found
+
+    clean, generated = compiled(inner)
+    noise = {"level": LEVEL, "ops": "core", "phases": "both", "seed": 0, "step": 0}
+    with instrument(model, inner=inner) as handle:
+        record: dict[str, Any] = {"level 0": apart(subject.outputs(), clean)}
+        again = subject.generations(sizes.new)
+        record["same_generation"] = {cache: bool(torch.equal(again[cache], ids)) for cache, ids in generated.items()}
+        with handle.noise(**noise):
+            noised = subject.outputs()
+        record["unreached"] = list(handle.report().unreached)
+    record["noise"] = {"moved": apart(noised, clean)}
+    if inner != "eager":
+        record["without noise, against eager"] = apart(clean, compiled("eager")[0])
+        with instrument(model, inner="eager") as handle, handle.noise(**noise):
+            record["noise"]["against eager"] = apart(noised, subject.outputs())
     print(f"{Path(name).name}, {inner}, agreement: {record}", flush=True)
     return record
 
@@ -280,12 +334,16 @@ def main() -> None:
         raise SystemExit(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     transformers.logging.set_verbosity_error()
     sizes = QUICK if arguments.quick else Sizes(rounds=arguments.rounds)
-    rows = [
-        {"model": Path(model).name, "inner": inner, **{part: PARTS[part](model, inner, sizes) for part in parts}}
-        for model in arguments.models for inner in arguments.inner.split(",")
-    ]  # fmt: skip
+    path = Path(arguments.out) if arguments.out else RESULTS / "live.json"
     run = {"new_tokens": sizes.new, "prompts": sizes.prompts, "batch": [sizes.batch, sizes.length]}
-    finish("live", {**run, "rows": rows}, arguments)
+    rows: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        rows = before["rows"] if {key: before[key] for key in run} == run else {}
+    for model, inner, part in itertools.product(arguments.models, arguments.inner.split(","), parts):
+        row = rows.setdefault(f"{Path(model).name}, {inner}", {})
+        row[part] = PARTS[part](model, inner, sizes)
+        finish("live", {**run, "rows": rows}, arguments)
 
 
 if __name__ == "__main__":

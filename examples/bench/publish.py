@@ -288,14 +288,32 @@ def live(record: dict[str, Any]) -> str:
         "| model | inner | task | compiled | level 0 | noise | hooks | level 0 / compiled | noise / hooks |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for row in record["rows"]:
+    for name, row in record["rows"].items():
+        model, inner = name.split(", ")
         for task, found in row.get("speed", {}).items():
             rates = " | ".join(f"{found['tokens_per_s'][kind]:.0f}" for kind in ("clean", "level 0", "noise", "hooks"))
             off, on = found["seconds_against_clean"]["level 0"], found["speed_of_noise_against_hooks"]
             lines.append(
-                f"| {row['model']} | {row['inner']} | {task} | {rates} | {1 / off['median']:.2f} ({1 / off['high']:.2f} to"
+                f"| {model} | {inner} | {task} | {rates} | {1 / off['median']:.2f} ({1 / off['high']:.2f} to"
                 f" {1 / off['low']:.2f}) | {on['median']:.2f} ({on['low']:.2f} to {on['high']:.2f}) |"
             )
+    lines += [
+        "", "Level 0 against the compiled model without instrumentation: whether logits and gradients of a batch, and greedy"
+        " generations with dynamic and static cache and left padding, are the same bits. Noise of a hundredth at all products,"
+        " on values and gradients, against that of the eager backend: the largest difference, as a share of the largest logit"
+        " and gradient; beside it the same of the model without noise. Families are tiny random models.", "",
+        "| model | inner | logits, gradients | generations | noise: logits, gradients | no noise: logits, gradients |",
+        "|---|---|---|---|---:|---:|",
+    ]  # fmt: skip
+    for name, row in record["rows"].items():
+        if found := row.get("agreement"):
+            model, inner = name.split(", ")
+            same = " and ".join("same" if value else "differ" for value in found["same_generation"].values()) or "none"
+            level = found["level 0"]
+            bits = "same" if level["identical"] else f"apart by {level['logits']:.0e}, {level['gradients']:.0e}"
+            pairs = (found["noise"].get("against eager"), found.get("without noise, against eager"))
+            far = " | ".join("" if pair is None else f"{pair['logits']:.0e}, {pair['gradients']:.0e}" for pair in pairs)
+            lines.append(f"| {model} | {inner} | {bits} | {same} | {far} |")
     return "\n".join(lines)
 
 
