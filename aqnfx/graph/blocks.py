@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import COUNT, NOISE, PLAIN, is_switched
-from aqnfx.graph.operands import role_of
+from aqnfx.graph.controls import COUNT, FAKE_QUANT, NOISE, PLAIN, is_switched
+from aqnfx.graph.operands import Place, role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.sites import Role
@@ -77,13 +77,15 @@ class Block:
 
 
 def cut(
-    program: Program, *, noise: bool | Collection[str] = True, only: Collection[int] | None = None
-) -> tuple[Block, ...]:
+    program: Program, *, noise: bool | Collection[str] = True, only: Collection[int] | None = None,
+    formats: Mapping[str, str] | None = None,
+) -> tuple[Block, ...]:  # fmt: skip
     """Return the blocks of ``program`` in order, with the noise nodes of all sites, of none, or of those in ``noise``.
 
-    ``only`` names the numbers of the blocks that are wanted. Liveness decides what crosses: a block returns what any
-    later block, or the output, reads. Value names are the same with and without noise. Raises :class:`PassError`
-    before ``partition-blocks`` ran.
+    ``only`` names the numbers of the blocks that are wanted. ``formats``, sites of operands -> number formats, stores what is
+    read there as ``insert-fake-quant`` does: a rewritten program for every choice would cost more than running it. Liveness
+    decides what crosses: a block returns what any later block, or the output, reads. Value names are the same with and without
+    noise. Raises :class:`PassError` before ``partition-blocks`` ran.
     """
     if not program.ran("partition-blocks"):
         raise PassError("the program has no blocks; run the pass partition-blocks first")
@@ -92,13 +94,17 @@ def cut(
         if node.op == "call_function":
             members.setdefault(_block(node), []).append(node)
     wanted = noise if not isinstance(noise, bool) else None
+    stored: dict[Node, list[tuple[Place, str]]] = {}
+    for site, fmt in (formats or {}).items():
+        stored.setdefault(program.places[site].node, []).append((program.places[site], fmt))
     found = []
     for number, nodes in sorted(members.items()):
         if only is not None and number not in only:
             continue
         sites = [str(get_tag(n).site) for n in nodes if is_switched(n)]
         kept = frozenset(s for s in sites if (noise if wanted is None else s in wanted))
-        found.append(_extract(program, number, nodes, kept, tuple(i for i, s in enumerate(sites) if s in kept)))
+        pattern = tuple(i for i, s in enumerate(sites) if s in kept)
+        found.append(_extract(program, number, nodes, kept, pattern, stored))
     return tuple(found)
 
 
@@ -107,8 +113,9 @@ def _block(node: Node) -> int:
 
 
 def _extract(
-    program: Program, number: int, nodes: Sequence[Node], kept: frozenset[str], pattern: tuple[int, ...]
-) -> Block:
+    program: Program, number: int, nodes: Sequence[Node], kept: frozenset[str], pattern: tuple[int, ...],
+    stored: Mapping[Node, Sequence[tuple[Place, str]]],
+) -> Block:  # fmt: skip
     inside = set(nodes)
     gone = {n for n in nodes if (is_switched(n) or n.target is COUNT) and get_tag(n).site not in kept}
     read = [n for node in nodes for n in (node.args[:1] if node in gone else node.all_input_nodes)]
@@ -125,7 +132,7 @@ def _extract(
 
     wanted = [n for n in outer if n.op == "get_attr" and read_on(n)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
-    graph, copies = Graph(), {}
+    graph, copies, shared = Graph(), dict[Node, Node](), dict[Any, Node]()
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
         copies[node].meta = dict(node.meta)
@@ -138,6 +145,14 @@ def _extract(
                 copies[node] = copies[source]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
+        for place, fmt in stored.get(node, ()):
+            key = place.value, fmt, place.dim, place.channel_dim
+            if key not in shared:
+                arguments = copies[place.value], None, None, None, fmt, "", place.dim, place.channel_dim
+                with graph.inserting_before(copies[node]):
+                    shared[key] = graph.call_function(FAKE_QUANT, arguments)
+            assert place.position is not None  # an operand's
+            copies[node].update_arg(place.position, shared[key])
     graph.output(tuple(copies[n] for n in live))
     module = GraphModule(program.module, graph, class_name="Block")
     return Block(

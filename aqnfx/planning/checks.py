@@ -18,16 +18,14 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from aqnfx.graph.assignments import Assignment
-from aqnfx.graph.program import Program
 from aqnfx.planning.choose import Scored, choose, flat, group_values
 from aqnfx.planning.costs import NO_EXCESS, Costs, Excess, excess_from, truncation_from
-from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.evaluate import Evaluator
 from aqnfx.planning.interactions import PlanKL, plan_kl
 from aqnfx.planning.knapsack import Limit, prices
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import limits
 from aqnfx.planning.rivals import Progress
-from aqnfx.probes.data import Batch
 
 Array = NDArray[np.float64]
 
@@ -40,18 +38,18 @@ _TRUSTED_KL = 1.0  # nats; beyond it second order means nothing, and nobody want
 
 
 def check_options(
-    program: Program, scored: Scored, batches: Sequence[Batch], options: PlanOptions, progress: Progress | None = None
+    evaluator: Evaluator, scored: Scored, options: PlanOptions, progress: Progress | None = None
 ) -> Scored:
-    """Return ``scored`` with the choices that decide the plan of ``options`` measured on ``batches``, and whole plans.
+    """Return ``scored`` with the choices that decide the plan of ``options`` measured, and whole plans.
 
-    ``batches`` are those that were scored; ``progress`` is told the runs done and their number. Raises
+    ``evaluator`` has the samples that were scored; ``progress`` is told the runs done and their number. Raises
     :class:`~aqnfx.errors.InputError` for a budget that nothing keeps.
     """
     started, first, whole = time.perf_counter(), scored.costs, _whole_plans(scored)
     worth = deciding(scored, options, SINGLES)
     plans = {f"{row}": _alone(scored, row) for row in worth}
     plans |= {name: scored.problem.assignments(chosen) for name, chosen in whole.items()}
-    measured = measure_plans(program, batches, plans, progress=progress) if plans else {}
+    measured = evaluator.measure(plans, progress=progress) if plans else {}
     made = _with(first, {row: measured[f"{row}"].kl for row in worth})
     rows = list(worth)
     made = dataclasses.replace(made, truncation=truncation_from(first.kl[rows], first.noise[rows], made.kl[rows]))

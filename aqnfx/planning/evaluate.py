@@ -13,97 +13,108 @@ from torch.fx import Node
 
 from aqnfx.errors import ProbeError
 from aqnfx.graph.assignments import Assignment, assigned_sites
+from aqnfx.graph.blocks import Block, cut
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
-from aqnfx.graph.tags import attribute
+from aqnfx.graph.tags import attribute, get_tag
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch
-from aqnfx.probes.forward import Forward, eager_forward
 from aqnfx.probes.replay import BlockReplay
-from aqnfx.probes.tasks import Scores, reference, score
+from aqnfx.probes.tasks import Reference, Scores, reference, score
 
 Array = NDArray[np.float64]
 _REPLACED = 1 << 28  # bytes of weights that are replaced for a run
-_HELD = 1 << 26  # bytes of stored weights that are kept from batch to batch
+_HELD = 1 << 26  # bytes of stored weights, and of what the clean model says, that are kept
 _KEPT = 1 << 28  # bytes of values between blocks that runs start from
 
 
 def stored(program: Program, assignments: Mapping[str, Assignment]) -> Program:
     """Return the program with every assigned operand in its format; the program itself where nothing is assigned."""
-    return _with_nodes(program, assigned_sites(program, assignments))
-
-
-def _with_nodes(program: Program, chosen: Mapping[str, Sequence[str]]) -> Program:
+    chosen = assigned_sites(program, assignments)
     passes = [f'insert-fake-quant{{where="sites:{"|".join(sites)}" format={name}}}' for name, sites in chosen.items()]
     return Pipeline.parse(",".join(passes))(program) if passes else program
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Runs:
-    """How plans are run: by weights that are replaced (parameter -> its place and format), or by a graph with nodes."""
+Sites = tuple[tuple[str, str], ...]
+"""Sites and their formats, in execution order."""
 
-    replay: BlockReplay | None
-    weights: Mapping[str, Mapping[str, tuple[Place, str]]]
-    forwards: Mapping[str, Forward]
-    program: Program
-    held: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What a plan changes: weights that are replaced (parameter -> place and format), and nodes (number of a block -> sites)."""
+
+    weights: Mapping[str, tuple[Place, str]]
+    nodes: Mapping[int, Sites]
 
     @classmethod
-    def of(cls, program: Program, plans: Mapping[str, Mapping[str, Assignment]], base: str | None = None) -> _Runs:
-        """Replace weights where that says all of a plan, and they are 256 MiB at the most: it needs no graph of its own."""
-        free = _private_weights(program)
-        weights, forwards = {}, {}
-        for name, assignments in plans.items():
-            chosen = assigned_sites(program, assignments)
-            sites = [(site, fmt) for fmt, named in chosen.items() for site in named]
-            found = {free[site]: (program.places[site], fmt) for site, fmt in sites if site in free}
-            if len(found) == len(sites) and sum(attribute(program.module, target).nbytes for target in found) <= _REPLACED:
-                weights[name] = found
-            else:
-                forwards[name] = eager_forward(_with_nodes(program, chosen))
-        replay = None
-        if weights:
-            blocks = program if program.ran("partition-blocks") else Pipeline.parse("partition-blocks")(program)
-            known = {} if base is None else weights.get(base, {})
-            starts = [
-                tuple(target for target in {**found, **known} if found.get(target) != known.get(target))
-                for found in weights.values()
-            ]
-            replay = BlockReplay(blocks, weights=[names for names in starts if names], memory=_KEPT)
-        return cls(replay=replay, weights=weights, forwards=forwards, program=program)
+    def of(cls, program: Program, assignments: Mapping[str, Assignment], free: Mapping[str, str]) -> _Stored:
+        """Replace the weights of the sites ``free`` where they are 256 MiB at the most; all else is a node."""
+        sites = {site: fmt for fmt, named in assigned_sites(program, assignments).items() for site in named}
+        weights = {free[site]: (program.places[site], fmt) for site, fmt in sites.items() if site in free}
+        if sum(attribute(program.module, target).nbytes for target in weights) > _REPLACED:
+            weights = {}
+        nodes: dict[int, list[tuple[str, str]]] = {}
+        for site in program.places:
+            if site in sites and free.get(site) not in weights:
+                nodes.setdefault(get_tag(program.places[site].node).block or 0, []).append((site, sites[site]))
+        return cls(weights=weights, nodes={number: tuple(found) for number, found in nodes.items()})
 
-    def clean(self, batch: Batch) -> torch.Tensor:
-        """Run the model as it is; the plans that follow are of this batch."""
-        return eager_forward(self.program)(batch) if self.replay is None else self.replay.clean(batch)
+    def apart(self, base: _Stored) -> tuple[list[str], list[int]]:
+        """Return the weights and the blocks in which this differs from ``base``."""
+        return (
+            [target for target in {**self.weights, **base.weights} if self.weights.get(target) != base.weights.get(target)],
+            [number for number in {**self.nodes, **base.nodes} if self.nodes.get(number) != base.nodes.get(number)],
+        )
+
+
+_NOTHING = _Stored(weights={}, nodes={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Runs:
+    """How plans are run: from the first block that they change, with weights replaced and blocks that have nodes."""
+
+    program: Program
+    replay: BlockReplay
+    plans: Mapping[str, _Stored]
+    blocks: Mapping[tuple[int, Sites], Block]
+    base: str | None
+    held: dict[tuple[str, str], torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, program: Program, replay: BlockReplay, plans: Mapping[str, Mapping[str, Assignment]], base: str | None,
+        held: dict[tuple[str, str], torch.Tensor],
+    ) -> _Runs:  # fmt: skip
+        """Make what runs ``plans``; with ``base`` the others start where they differ from that plan. ``held``: stored weights."""
+        free = _private_weights(program)
+        found = {name: _Stored.of(program, assignments, free) for name, assignments in plans.items()}
+        before = _NOTHING if base is None else found[base]
+        starts = [plan.apart(_NOTHING if name == base else before) for name, plan in found.items()]
+        blocks: dict[tuple[int, Sites], Block] = {}
+        for (_, numbers), plan in zip(starts, found.values(), strict=True):
+            for key in ((number, plan.nodes.get(number, ())) for number in numbers):
+                if key not in blocks:
+                    (blocks[key],) = cut(program, noise=False, only=key[:1], formats=dict(key[1]))
+        return cls(
+            program=program, replay=replay.beginning(starts, memory=_KEPT), plans=found, blocks=blocks, base=base, held=held
+        )
 
     def stored(self, name: str, batch: Batch) -> torch.Tensor:
-        """Run the model as a plan stores it."""
-        if name in self.forwards:
-            return self.forwards[name](batch)
-        assert self.replay is not None  # made for the plans that are not in forwards
-        return self.replay.replaced({
-            target: self._weight(target, place, fmt) for target, (place, fmt) in self.weights[name].items()
-        })  # fmt: skip
-
-    def switched(self, base: str, name: str) -> torch.Tensor:
-        """Run the model as a plan stores it, where what was run before is ``base``: from the first weight that differs."""
-        assert self.replay is not None  # made for the plans that are not in forwards
-        before, after = self.weights[base], self.weights[name]
-        other = [target for target in {**before, **after} if before.get(target) != after.get(target)]
-        return self.replay.replaced({
-            target: self._weight(target, *after[target]) if target in after else attribute(self.program.module, target).detach()
-            for target in other
-        })  # fmt: skip
-
-    def based(self, base: str, batch: Batch) -> torch.Tensor:
-        """Run the model as the plan ``base`` stores it; :meth:`switched` runs of this batch follow."""
-        assert self.replay is not None  # made for the plans that are not in forwards
-        return self.replay.clean(batch, {
-            target: self._weight(target, place, fmt) for target, (place, fmt) in self.weights[base].items()
-        })  # fmt: skip
+        """Run the model as a plan stores it: the plan ``base`` first, and the others from where they differ from it."""
+        plan, base = self.plans[name], _NOTHING if self.base in (None, name) else self.plans[str(self.base)]
+        targets, numbers = plan.apart(base)
+        weights = {
+            target: self._weight(target, *plan.weights[target])
+            if target in plan.weights
+            else attribute(self.program.module, target).detach()
+            for target in targets
+        }
+        blocks = [self.blocks[number, plan.nodes.get(number, ())] for number in numbers]
+        return self.replay.clean(batch, weights, blocks) if name == self.base else self.replay.replaced(weights, blocks)
 
     def _weight(self, target: str, place: Place, fmt: str) -> torch.Tensor:
         """Return a weight as a format stores it, kept for the batches that follow while there is room."""
@@ -162,40 +173,70 @@ class Measured:
         return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Evaluator:
+    """Measures plans on one set of samples. From one measurement to the next it keeps what that needs again: the blocks of the
+    model and, while there is room, what the clean model says and weights as formats store them.
+    """
+
+    program: Program
+    batches: Sequence[Batch]
+    _replay: BlockReplay
+    _clean: dict[int, tuple[Reference, Scores]] = field(default_factory=dict)
+    _weights: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, program: Program, batches: Sequence[Batch]) -> Evaluator:
+        """Measure on ``batches``; ``program`` has gone through ``tag-ops``."""
+        if not program.ran("partition-blocks"):
+            program = Pipeline.parse("partition-blocks")(program)
+        return cls(program=program, batches=batches, _replay=BlockReplay(program))
+
+    def measure(
+        self, plans: Mapping[str, Mapping[str, Assignment]], *, base: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Measured]:  # fmt: skip
+        """Return the scores of the model as each of ``plans`` stores it, by the plan's name.
+
+        Every batch is run clean once and then by every plan, so that what is kept does not grow with the data. A plan is run
+        from the first block that it changes, or in which it differs from the plan ``base``; with ``base`` a batch whose clean
+        scores are known is not run clean again. Results are those of :func:`stored`, bit for bit. ``progress`` is told the runs
+        done and their number. Raises :class:`ProbeError` where logits are not finite.
+        """
+        runs, total = _Runs.of(self.program, self._replay, plans, base, self._weights), len(self.batches) * (len(plans) + 1)
+        order = sorted(plans, key=lambda name: base is not None and name != base)  # the base first
+        clean: list[Scores] = []
+        found: dict[str, list[Scores]] = {name: [] for name in plans}
+        done = 0
+        with torch.no_grad():
+            for number, batch in enumerate(self.batches):
+                known, scores = self._reference(number, None if base is None else self._clean.get(number), runs)
+                clean.append(scores)
+                done += 1
+                for name in order:
+                    found[name].append(score(known, runs.stored(name, batch)))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        tokens = np.concatenate([_tokens(batch) for batch in self.batches]) if self.batches else np.zeros(0)
+        return {name: Measured(scores=_joined(parts), clean=_joined(clean), tokens=tokens) for name, parts in found.items()}
+
+    def _reference(self, number: int, known: tuple[Reference, Scores] | None, runs: _Runs) -> tuple[Reference, Scores]:
+        """Return what the clean model says of a batch, if need be by running it, which the runs that follow may start from."""
+        if known is not None:
+            return known
+        made = reference(self.batches[number], runs.replay.clean(self.batches[number]))
+        if number not in self._clean and made[0].nbytes + sum(kept.nbytes for kept, _ in self._clean.values()) <= _HELD:
+            self._clean[number] = made
+        return made
+
+
 def measure_plans(
     program: Program, batches: Sequence[Batch], plans: Mapping[str, Mapping[str, Assignment]], *,
     base: str | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Measured]:  # fmt: skip
-    """Return the scores of the model as each of ``plans`` stores it, by the plan's name.
-
-    Every batch is run clean once and then by every plan, so that what is kept does not grow with the data; a plan of weights
-    alone is run from the first block that it changes, or that differs from the plan ``base``. Results are those of
-    :func:`stored`, bit for bit. ``progress`` is told the runs done and their number. Raises :class:`ProbeError` where logits
-    are not finite.
-    """
-    runs, total = _Runs.of(program, plans, base), len(batches) * (len(plans) + 1)
-    if runs.forwards:
-        base = None
-    order = sorted(plans, key=lambda name: base is not None and name != base)  # the base first
-    clean: list[Scores] = []
-    found: dict[str, list[Scores]] = {name: [] for name in plans}
-    done = 0
-    with torch.no_grad():
-        for batch in batches:
-            known, scores = reference(batch, runs.clean(batch))
-            clean.append(scores)
-            done += 1
-            for name in order:
-                if base is None:
-                    logits = runs.stored(name, batch)
-                else:
-                    logits = runs.based(name, batch) if name == base else runs.switched(base, name)
-                found[name].append(score(known, logits))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-    tokens = np.concatenate([_tokens(batch) for batch in batches]) if batches else np.zeros(0)
-    return {name: Measured(scores=_joined(parts), clean=_joined(clean), tokens=tokens) for name, parts in found.items()}
+    """Return the scores of the model as each of ``plans`` stores it, by the plan's name; see :meth:`Evaluator.measure`."""
+    return Evaluator.of(program, batches).measure(plans, base=base, progress=progress)
 
 
 def _tokens(batch: Batch) -> Array:

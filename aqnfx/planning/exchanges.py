@@ -14,15 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from aqnfx.graph.program import Program
 from aqnfx.planning.checks import information, priced
 from aqnfx.planning.choose import Scored, group_values
-from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.evaluate import Evaluator
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import limits
 from aqnfx.planning.rivals import Progress
-from aqnfx.probes.data import Batch
 
 SWITCHES = 8
 """Switches that are run at a plan: about as many runs as four draws cost."""
@@ -44,10 +42,9 @@ class Settled:
 
 
 def settle(
-    program: Program, scored: Scored, batches: Sequence[Batch], options: PlanOptions, picked: Sequence[int],
-    progress: Progress | None = None,
-) -> Settled:  # fmt: skip
-    """Return the plan ``picked``, or a better one within the same budgets, and what it measures on ``batches``.
+    evaluator: Evaluator, scored: Scored, options: PlanOptions, picked: Sequence[int], progress: Progress | None = None
+) -> Settled:
+    """Return the plan ``picked``, or a better one within the same budgets, and what it measures on the evaluator's samples.
 
     With a goal of KL the plan stays: what keeps the goal is decided by what is predicted.
     """
@@ -56,7 +53,7 @@ def settle(
     plans = {"plan": problem.assignments(current)}
     for group, option in switches:
         plans[f"{group} {option}"] = problem.assignments(_switched(current, group, option))
-    measured = {name: found.kl for name, found in measure_plans(program, batches, plans, base="plan", progress=progress).items()}
+    measured = {name: found.kl for name, found in evaluator.measure(plans, base="plan", progress=progress).items()}
     before = measured["plan"]
     if not switches:
         return Settled(chosen=current, kl=before, kl_before=before)
@@ -74,7 +71,7 @@ def settle(
     settled = [value - value.min() for value in settled]
     chosen, kl = solve(settled, limits(problem, options)), before
     if chosen != current:
-        found = measure_plans(program, batches, {"plan": problem.assignments(chosen)})["plan"].kl
+        found = evaluator.measure({"plan": problem.assignments(chosen)}, base="plan")["plan"].kl
         chosen, kl = (chosen, found) if found < before else (current, before)
     records = tuple(
         {

@@ -23,6 +23,7 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import Scored, choose, flat, frontier
 from aqnfx.planning.costs import costs
+from aqnfx.planning.evaluate import Evaluator
 from aqnfx.planning.exchanges import settle
 from aqnfx.planning.interactions import Refined, kl_difference_error, plan_kl
 from aqnfx.planning.knapsack import solve
@@ -61,9 +62,10 @@ def plan(
     placed = placements(ready.program, problem, smap)  # before the passes: a map of another model is refused here
     scored = score_options(ready.program, problem, chosen, wanted, progress)
     tell("spot checks and choosing")
-    scored = check_options(ready.program, scored, chosen, wanted, progress)
+    evaluator = Evaluator.of(ready.program, chosen)
+    scored = check_options(evaluator, scored, wanted, progress)
     picked, refined = choose(scored, wanted)
-    settled = settle(ready.program, scored, chosen, wanted, picked, progress)
+    settled = settle(evaluator, scored, wanted, picked, progress)
     picked = settled.chosen
     made = _record(scored, picked, refined, wanted)
     for module, place in placed.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -53,10 +54,10 @@ class WholeGraph:
 class BlockReplay:
     """Runs a program block by block; blocks before the first noisy one are not run again.
 
-    The clean run keeps what crosses the boundaries at which some of ``starts`` (sets of sites that are noisy together) and of
-    ``weights`` (sets of parameters that are replaced together) begin, in at most ``memory`` bytes: where more would be needed,
-    every second boundary is given up, and runs start earlier. ``offload`` keeps them in the host's memory, page-locked where
-    the values come from CUDA; copies go in the order of the device's work, and nothing waits for them.
+    The clean run keeps what crosses the boundaries at which some of ``starts``, sets of sites that are noisy together, begin, in
+    at most ``memory`` bytes: where more would be needed, every second boundary is given up, and runs start earlier. ``offload``
+    keeps them in the host's memory, page-locked where the values come from CUDA; copies go in the order of the device's work,
+    and nothing waits for them. :meth:`beginning` is for weights and whole blocks that are replaced.
 
     A block has noise nodes at its noisy sites only. ``compiled`` compiles every block that stands in the model more than
     once (all of them where none does) without noise, and with noise inlined at the set of sites that most of ``starts``
@@ -68,8 +69,8 @@ class BlockReplay:
     """
 
     def __init__(
-        self, program: Program, *, starts: Iterable[Sequence[str]] = (), weights: Iterable[Sequence[str]] = (),
-        memory: int | None = None, offload: bool = False, compiled: bool = False,
+        self, program: Program, *, starts: Iterable[Sequence[str]] = (), memory: int | None = None, offload: bool = False,
+        compiled: bool = False,
     ) -> None:  # fmt: skip
         check_inputs(program)
         self._program, self._memory, self._offload = program, memory, offload
@@ -83,8 +84,8 @@ class BlockReplay:
             name: attribute(program.module, name).detach() for block in self._noisy for name in block.attributes
         }
         asked = [tuple(sites) for sites in starts]
-        self._starts = sorted({*map(self.first, asked), *map(self.first_reading, weights)} - {0})
-        self._base: dict[str, torch.Tensor] = {}
+        self._starts = sorted({*map(self.first, asked)} - {0})
+        self._base: tuple[dict[str, torch.Tensor], dict[int, Block]] = {}, {}
         self._variants: dict[tuple[int, tuple[str, ...]], Block] = {}
         counts = collections.Counter(block.fingerprint for block in self._clean)
         repeated = {fingerprint for fingerprint, count in counts.items() if count > 1}
@@ -113,23 +114,39 @@ class BlockReplay:
             raise ProbeError(f"{len(unknown)} sites have no noise node, first {unknown[0]}; insert noise there first")
         return min((self._home[site] for site in sites), default=0)
 
-    def first_reading(self, names: Iterable[str]) -> int:
-        """Return the place of the first block that reads one of the parameters ``names``."""
-        wanted = set(names)
-        return next((place for place, block in enumerate(self._clean) if wanted & set(block.attributes)), 0)
+    def beginning(self, changes: Iterable[tuple[Collection[str], Collection[int]]], memory: int | None = None) -> BlockReplay:
+        """Return what runs the same blocks from where ``changes`` begin, keeping at most ``memory`` bytes for it."""
+        made = copy.copy(self)
+        made._starts, made._memory = sorted({self.first_changed(*change) for change in changes} - {0}), memory
+        made._base, made._kept = ({}, {}), {}
+        return made
 
-    def clean(self, batch: Batch, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def first_changed(self, weights: Collection[str], numbers: Collection[int] = ()) -> int:
+        """Return the place of the first block that reads one of ``weights`` or has one of ``numbers``."""
+        return next(
+            (
+                place
+                for place, block in enumerate(self._clean)
+                if block.number in numbers or not set(weights).isdisjoint(block.attributes)
+            ),
+            0,
+        )
+
+    def clean(
+        self, batch: Batch, weights: Mapping[str, torch.Tensor] | None = None, blocks: Iterable[Block] = ()
+    ) -> torch.Tensor:
         """Run the batch without noise nodes, and keep what later runs start from.
 
-        With ``weights`` in place of the parameters of these names: the runs that follow have them too, but for what they replace.
+        With ``weights`` in place of the parameters of these names, and ``blocks``, which other passes made of the same program,
+        in place of those of their numbers: the runs that follow have them too, but for what they replace.
         """
-        self._base = dict(weights or {})
+        self._base = dict(weights or {}), {block.number: block for block in blocks}
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         names = [n.name for n in self._program.graph.nodes if n.op == "placeholder"]
         bound = self._program.bind(**{name: given[name] for name in self._program.signature.tensor_names})
         values: Values = dict(zip(names, bound, strict=True))
         self._kept, stride, copies = {0: dict(values)}, 1, dict(values)
-        for place, block in enumerate(self._clean):
+        for place in range(len(self._clean)):
             if place in self._starts and self._starts.index(place) % stride == 0:
                 self._kept[place] = self._away(values, copies) if self._offload else dict(values)
                 while self._memory is not None and len(self._kept) > 1 and self.held > self._memory:
@@ -140,7 +157,7 @@ class BlockReplay:
                         self._kept.pop(p, None)
                 used = {name for held in self._kept.values() for name in held}
                 copies = {name: value for name, value in copies.items() if name in used}
-            self._step(block, place, values)
+            self._step(self._stands(place), place, values)
         return self._logits(values)
 
     def noisy(self, sites: Sequence[str]) -> torch.Tensor:
@@ -153,18 +170,24 @@ class BlockReplay:
             active.setdefault(self._home[site], []).append(site)
         start, values = self._from(first)
         for place in range(start, len(self._clean)):
-            block = self._with_noise(place, active[place]) if place in active else self._clean[place]
+            block = self._with_noise(place, active[place]) if place in active else self._stands(place)
             self._step(block, place, values)
         return self._logits(values)
 
-    def replaced(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the current batch without noise and with ``weights`` in place of the parameters of these names."""
+    def replaced(self, weights: Mapping[str, torch.Tensor], blocks: Iterable[Block] = ()) -> torch.Tensor:
+        """Run the current batch without noise, with ``weights`` and ``blocks`` in place of those of :meth:`clean`."""
         if not self._kept:
             raise ProbeError("the clean run of a batch comes first")
-        start, values = self._from(self.first_reading(weights))
+        changed = {block.number: block for block in blocks}
+        start, values = self._from(self.first_changed(weights, changed))
         for place in range(start, len(self._clean)):
-            self._step(self._clean[place], place, values, weights)
+            number = self._clean[place].number
+            self._step(changed.get(number) or self._stands(place), place, values, weights)
         return self._logits(values)
+
+    def _stands(self, place: int) -> Block:
+        """Return the block without noise that runs at a place."""
+        return self._base[1].get(self._clean[place].number, self._clean[place])
 
     def _from(self, first: int) -> tuple[int, Values]:
         """Return the last kept boundary at or before the block ``first``, and what crosses it."""
@@ -212,7 +235,7 @@ class BlockReplay:
     def _step(
         self, block: Block, place: int, values: Values, weights: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        known = collections.ChainMap(dict(weights or {}), self._base, self._weights)
+        known = collections.ChainMap(dict(weights or {}), self._base[0], self._weights)
         arguments = [values[name] for name in block.inputs] + [known[name] for name in block.attributes]
         values.update(zip(block.outputs, self._call(block)(*arguments), strict=True))
         for name in [n for n in values if self._last.get(n, -1) <= place]:

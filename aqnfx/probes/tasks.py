@@ -56,6 +56,11 @@ class Reference:
     top: torch.Tensor
     answer: torch.Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the logits and probabilities, beside which the rest is little."""
+        return self.logits.nbytes + self.probabilities.nbytes
+
 
 def accuracy_like(task: str, has_answers: bool) -> Literal["exact_match", "top1"]:
     """Return the score that relative degradation is read from: ``exact_match`` for tasks with answers, else ``top1``.

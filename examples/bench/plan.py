@@ -32,7 +32,7 @@ from aqnfx.graph.assignments import Assignment
 from aqnfx.numerics.stats import paired_difference
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import Scored, choose
-from aqnfx.planning.evaluate import Measured, measure_plans
+from aqnfx.planning.evaluate import Evaluator, Measured, measure_plans
 from aqnfx.planning.exchanges import settle
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
@@ -225,8 +225,9 @@ def _one_choice(model: str, data: Path, setting: Setting, menu: str, bits: float
     problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, started = _resident("VmRSS"), time.perf_counter()
-    scored = check_options(ready.program, score_options(ready.program, problem, batches, options), batches, options)
-    settle(ready.program, scored, batches, options, choose(scored, options)[0])
+    scored, evaluator = score_options(ready.program, problem, batches, options), Evaluator.of(ready.program, batches)
+    scored = check_options(evaluator, scored, options)
+    settle(evaluator, scored, options, choose(scored, options)[0])
     return {"seconds": time.perf_counter() - started, "memory_mib": _resident("VmHWM") - before}
 
 
@@ -241,10 +242,11 @@ def compared(
 ) -> dict[str, Any]:  # fmt: skip
     problem, budgets = scored.problem, limits(scored.problem, options)
     unchecked, _ = choose(scored, options)
-    scored = check_options(ready.program, scored, batches, options)
+    evaluator = Evaluator.of(ready.program, batches)
+    scored = check_options(evaluator, scored, options)
     additive, _ = choose(scored, dataclasses.replace(options, refine=False))
     chosen, refined = choose(scored, options)
-    settled = settle(ready.program, scored, batches, options, chosen)
+    settled = settle(evaluator, scored, options, chosen)
     picked = settled.chosen
     values = [np.array([brute[problem.parts[g.members[0]].module, c.text] for c in g.choices]) for g in problem.groups]
     choices = {

@@ -14,7 +14,7 @@ from aqnfx.planning import checks
 from aqnfx.planning.checks import SINGLES, check_options, deciding, information, priced
 from aqnfx.planning.choose import Scored, choose, flat
 from aqnfx.planning.costs import NO_EXCESS, Costs, Excess
-from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.evaluate import Evaluator, measure_plans
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.menu import Part, parse_menu
 from aqnfx.planning.options import PlanOptions
@@ -126,7 +126,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory):
 
 def test_what_was_measured_takes_the_place_of_the_prediction(scored) -> None:
     ready, batches, options, before = scored
-    after = check_options(ready.program, before, batches, options)
+    after = check_options(Evaluator.of(ready.program, batches), before, options)
     rows = np.flatnonzero(after.costs.measured)
     assert len(rows) == len(after.checks) == SINGLES
     names = {row: key for key, row in after.costs.index.items()}
@@ -147,7 +147,7 @@ def test_what_was_measured_takes_the_place_of_the_prediction(scored) -> None:
 
 def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> None:
     ready, batches, options, before = scored
-    after = check_options(ready.program, before, batches, options)
+    after = check_options(Evaluator.of(ready.program, batches), before, options)
     names = [row["plan"] for row in after.whole_plans]
     assert names == ["all in int4:g32"]  # of int8 there is too little to tell anything
     uniform = [0] * len(before.problem.groups)
@@ -158,19 +158,16 @@ def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> N
     assert after.whole_plans[0]["second_order"] == pytest.approx(plan_kl(after.costs, rows).second_order)
     # Told that the same plan costs three times as much, the prediction follows.
     off = {name: 3.0 * row["measured"] for name, row in zip(names, after.whole_plans, strict=True)}
-    with pytest.MonkeyPatch.context() as patch:
-        real = measure_plans
-
-        def shifted(program, given, plans, **rest):
-            found = real(program, given, plans, **rest)
+    class Shifted(Evaluator):
+        def measure(self, plans, **rest):
+            found = super().measure(plans, **rest)
             scale = {name: off[name] / value.kl for name, value in found.items() if name in off}
             return {
                 name: dataclasses.replace(value, scores={"kl": value.scores["kl"] * scale.get(name, 1.0)})
                 for name, value in found.items()
             }
 
-        patch.setattr("aqnfx.planning.checks.measure_plans", shifted)
-        moved = check_options(ready.program, before, batches, options)
+    moved = check_options(Shifted.of(ready.program, batches), before, options)
     assert plan_kl(moved.costs, rows).kl == pytest.approx(off[names[0]], rel=0.3)
     assert plan_kl(after.costs, rows).kl == pytest.approx(after.whole_plans[0]["measured"], rel=0.3)
 
@@ -178,14 +175,14 @@ def test_whole_plans_move_the_prediction_towards_what_they_measured(scored) -> N
 def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path) -> None:
     ready, batches, options, before = scored
     ceiling = dataclasses.replace(options, avg_bits=None, max_kl=float(before.costs.kl.sum()) / 4.0)
-    assert len(check_options(ready.program, before, batches, ceiling).checks) == SINGLES
+    assert len(check_options(Evaluator.of(ready.program, batches), before, ceiling).checks) == SINGLES
     told: list[tuple[int, int]] = []
-    check_options(ready.program, before, batches, ceiling, lambda done, total: told.append((done, total)))
+    check_options(Evaluator.of(ready.program, batches), before, ceiling, lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] > SINGLES * len(batches)
     fused = dataclasses.replace(options, couple="fused")
     problem = make_problem(ready.program, fused)
     grouped = score_options(ready.program, problem, batches, fused)
-    assert len(check_options(ready.program, grouped, batches, fused).checks) == SINGLES
+    assert len(check_options(Evaluator.of(ready.program, batches), grouped, fused).checks) == SINGLES
 
 
 def test_experts_are_checked_as_others_are(tmp_path: Path) -> None:
@@ -195,7 +192,7 @@ def test_experts_are_checked_as_others_are(tmp_path: Path) -> None:
     ready = prepare_plan(str(directory), [line * 2 for line in TEXT * 2], options, None, lambda _: None)
     batches = batches_of(ready, options, 0, 4)
     before = score_options(ready.program, make_problem(ready.program, options), batches, options)
-    after = check_options(ready.program, before, batches, options)
+    after = check_options(Evaluator.of(ready.program, batches), before, options)
     experts = {part.module for part in before.problem.parts if len(part.shape) == 3}
     measured = {check["module"]: check for check in after.checks}
     assert experts & measured.keys()

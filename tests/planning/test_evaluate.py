@@ -29,9 +29,13 @@ def work() -> list[Batch]:
     return list(make_batches(encoded(3, 12), batch_size=2, pad_id=0))
 
 
-def weights(program: Program) -> list[str]:
-    """Return the modules whose weight a plan can store, in execution order."""
-    return [m for m, places in operands_by_module(program).items() if any(p.site.role is Role.WEIGHT for p in places)]
+def reading(program: Program, roles: set[Role]) -> list[str]:
+    return [m for m, places in operands_by_module(program).items() if roles <= {p.site.role for p in places}]
+
+
+def weights(program: Program, *roles: Role) -> list[str]:
+    """Return the modules whose weight, and operands of ``roles``, a plan can store, in execution order."""
+    return reading(program, {Role.WEIGHT, *roles})
 
 
 def expected(program: Program, plan: dict[str, Assignment]) -> list[float]:
@@ -69,42 +73,83 @@ def test_in_half_precision_too() -> None:
     assert measure_plans(program, work(), {"all": plan})["all"].scores["kl"].tolist() == expected(program, plan)
 
 
+def runs_of(program: Program, plans: dict[str, dict[str, Assignment]]) -> evaluate._Runs:
+    made = evaluate.Evaluator.of(program, work())
+    return evaluate._Runs.of(made.program, made._replay, plans, None, {})
+
+
 def test_weights_that_are_read_elsewhere_too_go_through_nodes() -> None:
     """A head that shares its weight with the embedding: storing the head must not change the embedding."""
     tied = aqnfx.trace(build("llama", tie_word_embeddings=True), sequence_length=12)
     program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(tied)
     plan = {"lm_head": Assignment(weight="int3")}
-    runs = evaluate._Runs.of(program, {"head": plan, "down": {"model.layers.1.mlp.down_proj": Assignment(weight="int3")}})
-    assert (set(runs.forwards), set(runs.weights)) == ({"head"}, {"down"})
-    found = measure_plans(program, work(), {"head": plan})["head"]
-    assert found.scores["kl"].tolist() == expected(program, plan)
+    found = runs_of(program, {"head": plan, "down": {"model.layers.1.mlp.down_proj": Assignment(weight="int3")}}).plans
+    counts = {name: (len(plan.weights), sum(map(len, plan.nodes.values()))) for name, plan in found.items()}
+    assert counts == {"head": (0, 1), "down": (1, 0)}
+    assert measure_plans(program, work(), {"head": plan})["head"].scores["kl"].tolist() == expected(program, plan)
 
 
-def test_inputs_and_large_weights_go_through_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tagged("llama")
-    modules = weights(program)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("room", [1 << 28, 1])
+def test_inputs_and_large_weights_go_through_nodes(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tagged(name)
+    modules = weights(program, Role.INPUT)
     plans = {
         "inputs": {modules[3]: Assignment(weight="int4", input="int4")},
+        "all": {m: Assignment(weight="int4", input="int8" if i % 2 else "int4:g16") for i, m in enumerate(modules)},
         "weights": dict.fromkeys(modules, Assignment(weight="int4")),
+        "caches": dict.fromkeys(reading(program, {Role.KEY, Role.VALUE}), Assignment(key="int8", value="int4")),
     }
-    monkeypatch.setattr(evaluate, "_REPLACED", 1)
-    assert set(evaluate._Runs.of(program, plans).forwards) == set(plans)
+    monkeypatch.setattr(evaluate, "_REPLACED", room)
     found = measure_plans(program, work(), plans)
     for key, plan in plans.items():
         assert found[key].scores["kl"].tolist() == expected(program, plan), key
 
 
-def test_runs_start_where_a_plan_begins() -> None:
+@pytest.mark.parametrize("base", ["plan", "weights"])
+def test_plans_are_run_from_where_they_differ_from_another(base: str) -> None:
+    """Formats of inputs come, go and change between the plans; the clean model is run once for two measurements."""
     program = tagged("llama")
-    last = weights(program)[-2]
-    runs = evaluate._Runs.of(program, {"x": {last: Assignment(weight="int4")}})
-    assert runs.replay is not None
+    modules = weights(program, Role.INPUT)
+    plan = {m: Assignment(weight="int4", input="int8") for m in modules}
+    plans = {
+        "plan": plan, "weights": dict.fromkeys(modules, Assignment(weight="int4")),
+        "other": {**plan, modules[9]: Assignment(weight="int8", input="int4")}, "less": {m: plan[m] for m in modules[:5]},
+        "clean": {},
+    }  # fmt: skip
+    evaluator, runs = evaluate.Evaluator.of(program, work()), []
+    for round_ in range(2):
+        found = evaluator.measure(plans, base=base, progress=lambda done, total: runs.append((done, total)))
+        for key, chosen in plans.items():
+            assert found[key].scores["kl"].tolist() == expected(program, chosen), (round_, key)
+        assert runs[-1] == (12, 12)
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tagged("llama")
+    plan = {"plan": dict.fromkeys(weights(program), Assignment(weight="int4"))}
+    first = evaluate.Evaluator.of(program, work())
+    wanted = first.measure(plan, base="plan")["plan"].scores["kl"].tolist()
+    assert len(first._clean) == len(work())
+    assert first._weights
+    monkeypatch.setattr(evaluate, "_HELD", 1)
+    second = evaluate.Evaluator.of(program, work())
+    for _ in range(2):
+        assert second.measure(plan, base="plan")["plan"].scores["kl"].tolist() == wanted
+    assert not second._clean
+    assert not second._weights
+
+
+@pytest.mark.parametrize("assignment", [Assignment(weight="int4"), Assignment(input="int4")])
+def test_runs_start_where_a_plan_begins(assignment: Assignment) -> None:
+    program = tagged("llama")
+    runs = runs_of(program, {"x": {weights(program, Role.INPUT)[-2]: assignment}})
     steps: list[int] = []
     step = runs.replay._step
     runs.replay._step = lambda block, place, *rest: (steps.append(place), step(block, place, *rest))[1]  # type: ignore[method-assign]
     (batch, *_) = work()
     with torch.no_grad():
-        runs.clean(batch)
+        runs.replay.clean(batch)
         whole = len(steps)
         runs.stored("x", batch)
     assert 0 < len(steps) - whole < whole

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aqnfx.planning import exchanges
 from aqnfx.planning.choose import choose
-from aqnfx.planning.evaluate import measure_plans
+from aqnfx.planning.evaluate import Evaluator, measure_plans
 from aqnfx.planning.exchanges import SWITCHES, settle
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.planner import batches_of, prepare_plan, score_options
@@ -32,19 +31,26 @@ class _Fake:
     kl: float
 
 
-def fake_measure(costs: dict[str, float], meet: dict[str, float]) -> Any:
-    """Return a measure of plans in which what a part costs at 4 bits beside others is ``meet`` times what it costs alone."""
+class FakeEvaluator:
+    """Measures plans in which what a part costs at 4 bits beside others is ``meet`` times what it costs alone."""
 
-    def measure(program: Any, batches: Any, plans: Any, **_: Any) -> dict[str, _Fake]:
+    def __init__(self, costs: dict[str, float], meet: dict[str, float], together: float | None = None) -> None:
+        self.costs, self.meet, self.together = costs, meet, together
+        self.calls: list[int] = []
+
+    def measure(self, plans: Any, **_: Any) -> dict[str, _Fake]:
+        self.calls.append(len(plans))
+        if self.together is not None and len(plans) == 1:
+            return {name: _Fake(self.together) for name in plans}
         return {
-            name: _Fake(sum(costs[m] * meet.get(m, 1.0) for m, a in assigned.items() if str(a.weight).startswith("int4")))
+            name: _Fake(sum(
+                self.costs[m] * self.meet.get(m, 1.0) for m, a in assigned.items() if str(a.weight).startswith("int4")
+            ))
             for name, assigned in plans.items()
-        }
-
-    return measure
+        }  # fmt: skip
 
 
-def test_what_a_part_costs_at_the_plan_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_part_costs_at_the_plan_moves_it() -> None:
     """m1 costs a little less than m0 alone and twice as much beside the others: the 8 bits go to it instead."""
     coarse = np.array([0.11, 0.10, 0.02, 0.01])
     scored = made(np.stack([coarse, 0.0 * coarse], axis=1), np.zeros((4, 2)))
@@ -52,8 +58,7 @@ def test_what_a_part_costs_at_the_plan_moves_it(monkeypatch: pytest.MonkeyPatch)
     picked, _ = choose(scored, options)
     assert picked == (1, 0, 0, 0)
     costs = {f"m{i}": float(kl) for i, kl in enumerate(coarse)}
-    monkeypatch.setattr(exchanges, "measure_plans", fake_measure(costs, {"m1": 2.0}))
-    found = settle(None, scored, [], options, picked)  # type: ignore[arg-type]
+    found = settle(FakeEvaluator(costs, {"m1": 2.0}), scored, options, picked)  # type: ignore[arg-type]
     assert found.chosen == (0, 1, 0, 0)
     assert found.kl == pytest.approx(0.11 + 0.03)
     assert found.kl_before == pytest.approx(0.20 + 0.03)
@@ -63,23 +68,16 @@ def test_what_a_part_costs_at_the_plan_moves_it(monkeypatch: pytest.MonkeyPatch)
     assert taken["m1"]["alone"] == pytest.approx(-0.1)
 
 
-def test_a_plan_that_measures_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_measures_worse_is_not_taken() -> None:
     coarse = np.array([0.11, 0.10, 0.02, 0.01])
     scored = made(np.stack([coarse, 0.0 * coarse], axis=1), np.zeros((4, 2)))
     options = PlanOptions(avg_bits=5.0, count_scales=False)
-    calls: list[int] = []
-
-    def measure(program: Any, batches: Any, plans: Any, **_: Any) -> dict[str, _Fake]:
-        calls.append(len(plans))
-        if len(plans) == 1:
-            return {"plan": _Fake(9.0)}  # together they are worse than what was run of them
-        return fake_measure({f"m{i}": float(kl) for i, kl in enumerate(coarse)}, {"m1": 2.0})(program, batches, plans)
-
-    monkeypatch.setattr(exchanges, "measure_plans", measure)
-    found = settle(None, scored, [], options, (1, 0, 0, 0))  # type: ignore[arg-type]
+    # Together they are worse than what was run of them.
+    evaluator = FakeEvaluator({f"m{i}": float(kl) for i, kl in enumerate(coarse)}, {"m1": 2.0}, together=9.0)
+    found = settle(evaluator, scored, options, (1, 0, 0, 0))  # type: ignore[arg-type]
     assert found.chosen == (1, 0, 0, 0)
     assert found.kl == found.kl_before
-    assert calls == [5, 1]
+    assert evaluator.calls == [5, 1]
 
 
 def test_switches_are_run_from_the_plan_bit_for_bit(ready: Any) -> None:
@@ -102,7 +100,7 @@ def test_a_settled_plan_keeps_the_budget_and_is_no_worse(ready: Any) -> None:
     batches = batches_of(ready, OPTIONS, 0, 4)
     scored = score_options(ready.program, problem, batches, OPTIONS)
     picked, _ = choose(scored, OPTIONS)
-    found = settle(ready.program, scored, batches, OPTIONS, picked)
+    found = settle(Evaluator.of(ready.program, batches), scored, OPTIONS, picked)
     assert all(limit.keeps(found.chosen) for limit in limits(problem, OPTIONS))
     assert found.kl <= found.kl_before
     assert 0 < len(found.switches) <= SWITCHES
@@ -116,7 +114,7 @@ def test_a_goal_of_kl_leaves_the_plan_as_it_was_predicted(ready: Any) -> None:
     batches = batches_of(ready, options, 0, 4)
     scored = score_options(ready.program, problem, batches, options)
     picked, _ = choose(scored, options)
-    found = settle(ready.program, scored, batches, options, picked)
+    found = settle(Evaluator.of(ready.program, batches), scored, options, picked)
     assert found.chosen == picked
     assert not found.switches
     assert found.kl > 0.0

@@ -16,7 +16,7 @@ from aqnfx.graph.sites import Role
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import choose
 from aqnfx.planning.costs import costs, mean_square
-from aqnfx.planning.evaluate import measure_plans, stored
+from aqnfx.planning.evaluate import Evaluator, measure_plans, stored
 from aqnfx.planning.interactions import plan_kl
 from aqnfx.planning.knapsack import solve
 from aqnfx.planning.menu import parse_menu
@@ -292,7 +292,7 @@ def test_costs_of_real_models(shared_models: Path, name: str) -> None:
     covered = (np.abs(np.log(measured / predicted)) < 1.96 * se / predicted)[measured < 0.3]
     assert covered.mean() >= 0.8
     rows = [row for group, option in zip(problem.rows(scored.costs.index), picked, strict=True) for row in group[option]]
-    checked = check_options(ready.program, scored, batches, options)
+    checked = check_options(Evaluator.of(ready.program, batches), scored, options)
     whole = plan_kl(checked.costs, rows)
     assert abs(whole.kl - found["plan"].kl) < 2.5 * whole.se_here
     assert abs(whole.kl / found["plan"].kl - 1.0) < 0.15
