@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 import weakref
@@ -53,28 +54,29 @@ class Handle:
     stands.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, call: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module, backend: Backend, calls: Mapping[nn.Module, Callable[..., Any]]) -> None:
         self._model: weakref.ref[nn.Module] = weakref.ref(model)
         self.backend = backend
-        self._before: Any = model._compiled_call_impl
+        self._before = weakref.WeakKeyDictionary[nn.Module, Any]({entry: entry._compiled_call_impl for entry in calls})
         self._removed = False
         self._breaks = set(_break_reasons())  # of other models, before this one
         self._inside = threading.local()
         self._called = False
-        self._call = call
-        model._compiled_call_impl = self._run
+        for entry, call in calls.items():
+            entry._compiled_call_impl = functools.partial(self._run, call)
+            _INSTRUMENTED[entry] = self
 
     # Running ---------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._inside, "depth", 0):
-            return self._call(*args, **kwargs)  # a model that calls itself is one step
+            return call(*args, **kwargs)  # a model that calls itself is one step
         self._inside.depth = 1
         self.backend.start()
         try:
             self.backend.controls.put_run()
-            result = self._call(*args, **kwargs)
+            result = call(*args, **kwargs)
         except Exception as error:
             if (cause := _own(error)) is not None:
                 self.remove()
@@ -224,10 +226,9 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back as it was; the handle is of no use after it. A second call does nothing."""
-        model = self._model()
-        if not self._removed and model is not None:
-            model._compiled_call_impl = self._before
-            _INSTRUMENTED.pop(model, None)
+        for entry, before in [] if self._removed else list(self._before.items()):
+            entry._compiled_call_impl = before
+            _INSTRUMENTED.pop(entry, None)
         self._removed = True
 
     def __enter__(self) -> Handle:
@@ -254,17 +255,30 @@ def instrument(
                 raise LiveError(f"{type(model).__name__} cannot be instrumented: {what} is already; remove that handle first")
         controls = LiveControls(model_layers(model))
         backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True, fast=fast)
-        reference = weakref.ref(model)
-        # Dynamo keeps what it compiled with the code object: one of its own for every instrumented model.
-        own = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(model).__name__}"), _call.__globals__)
-        compiled = torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+        calls = {
+            entry: _compiled(entry, backend=backend, dynamic=dynamic, fullgraph=fullgraph) for entry in _entries(model)
+        }
+        return Handle(model, backend, calls)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return compiled(reference(), *args, **kwargs)
 
-        handle = Handle(model, backend, call)
-        _INSTRUMENTED[model] = handle
-        return handle
+def _entries(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules that are called from outside: the model, and an encoder, which ``generate`` calls past the model."""
+    config, find = getattr(model, "config", None), getattr(model, "get_encoder", None)
+    encoder = find() if getattr(config, "is_encoder_decoder", False) and callable(find) else None
+    return (model, encoder) if isinstance(encoder, nn.Module) and encoder is not model else (model,)
+
+
+def _compiled(entry: nn.Module, **options: Any) -> Callable[..., Any]:
+    """Return what calls a module compiled, and does not keep it."""
+    reference = weakref.ref(entry)
+    # Dynamo keeps what it compiled with the code object: one of its own for every instrumented module.
+    own = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(entry).__name__}"), _call.__globals__)
+    compiled = torch.compile(own, **options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(reference(), *args, **kwargs)
+
+    return call
 
 
 def _call(model: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -73,6 +73,32 @@ def test_greedy_generation_is_unchanged_and_noise_changes_it(family: str, cache:
 
 
 @pytest.mark.slow
+def test_generate_calls_an_encoder_past_the_model_with_the_noise_of_the_model() -> None:
+    model, given = build("t5", num_layers=1), inputs("t5", 2, 9, pad=0)
+    noise: dict[str, Any] = {"level": 0.5, "where": "layers:encoder.block:0,ops:all", "seed": 1, "step": 0}
+    asked, options = given.pop("decoder_input_ids"), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**given, **options)  # type: ignore[operator]
+    encoder = model.get_encoder()  # type: ignore[operator]
+    with instrument(model, inner="eager") as handle:
+        assert torch.equal(model.generate(**given, **options), plain)  # type: ignore[operator]
+        with handle.noise(**noise):
+            model.generate(**given, **options)  # type: ignore[operator]
+        assert {site for site, n in handle.stats().items() if n["forward"]} == {
+            site.id for site in handle.sites.values() if (site.stack, site.layer) == ("encoder.block", 0)
+        }
+        with handle.noise(**noise):
+            alone = encoder(**given).last_hidden_state
+        with handle.noise(**noise):
+            within = model(**given, decoder_input_ids=asked).encoder_last_hidden_state
+        assert torch.equal(alone, within)
+        with pytest.raises(aqnfx.AqnfxError, match="T5Stack cannot be instrumented: it is already"):
+            instrument(encoder)
+    assert encoder._compiled_call_impl is None
+    with instrument(encoder, inner="eager") as again:  # the handle gave both back
+        assert again.layers == (("block", 0),)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradient_checkpointing_recomputes_the_same_noise(inner: str) -> None:
     given = inputs("llama", 2, 8, pad=0)
