@@ -16,6 +16,7 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from aqnfx.graph.edit import inline
@@ -85,8 +86,8 @@ def lower(captured: GraphModule, examples: Sequence[Any], names: Names, *, title
         traced = make_fx(
             lambda *values: Interpreter(flat).run(*values), pre_dispatch=True, _allow_non_fake_inputs=True
         )(*fakes)
-    graph = traced.graph
-    _tidy(graph)
+        graph = traced.graph
+        _tidy(graph)
     inputs, weights, attributes = _unlift(traced, captured, examples, names)
     regions = _name_modules(graph, names, bodies, root)
     module = GraphModule(attributes, graph, class_name="Live")
@@ -141,17 +142,33 @@ def _with_bodies_inlined(captured: GraphModule, bodies: dict[str, Region]) -> Gr
 
 
 def _tidy(graph: Graph) -> None:
-    """Make arithmetic on values of the graph functional, and drop what nothing reads."""
+    """Make arithmetic functional, and drop what nothing reads.
+
+    Where others see what is changed in place (an input of the graph, a view), the new value is an operation, which passes may
+    perturb, and is then copied to its place.
+    """
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
         if node.target is torch.ops.aten.detach_.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif op_kind(node.target) is not None and is_float(node) and _alone(node):
+        elif op_kind(node.target) is not None and is_float(node):
             packet = getattr(torch.ops.aten, node.target._schema.name.split("::")[-1].removesuffix("_"))
-            node.target = getattr(packet, node.target._overloadname)
+            functional = getattr(packet, node.target._overloadname)
+            if _alone(node):
+                node.target = functional
+                continue
+            with graph.inserting_before(node):
+                value = graph.call_function(functional, node.args, node.kwargs)
+            value.meta = dict(node.meta)
+            value.meta["val"] = functional(*map_arg(node.args, _known), **map_arg(node.kwargs, _known))
+            node.target, node.args, node.kwargs = torch.ops.aten.copy_.default, (node.args[0], value), {}
     graph.eliminate_dead_code()
+
+
+def _known(node: Node) -> Any:
+    return node.meta["val"]
 
 
 def _alone(node: Node) -> bool:

@@ -264,3 +264,36 @@ def test_inductor_agrees_to_rounding() -> None:
         wanted = gradients(model, expected.square().sum())
     for name, value in wanted.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-4), name
+
+
+class InPlace(nn.Module):
+    """Changes a part of a value, or of what it is given, in place or as a new value."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.linear, self.in_place = Tiny().layers[0].up, in_place  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        if self.in_place:
+            y[:, :3].mul_(2.0).add_(y[:, 3:6])
+            kept.mul_(0.5)
+            return y, kept
+        return torch.cat([y[:, :3] * 2.0 + y[:, 3:6], y[:, 3:]], dim=1), kept * 0.5
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_what_is_changed_in_place_is_noisy_where_it_stands(inner: str) -> None:
+    x, found = batch(), []
+    for in_place in (True, False):
+        model, kept = InPlace(in_place).requires_grad_(False), torch.arange(6.0).reshape(2, 3)
+        with instrument(model, inner=inner) as handle:
+            model(x, kept.clone())
+            with handle.noise(**{**NOISE, "ops": "all"}):
+                y, changed = model(x, kept)
+            assert {"linear:linear:0", ".:mul:0", ".:mul:1", ".:add:0"} <= set(handle.sites)
+        assert (changed is kept) is in_place
+        assert not torch.equal(changed, torch.arange(6.0).reshape(2, 3) * 0.5)
+        found.append((y, changed))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) if inner == "eager" else torch.allclose(one, other, rtol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aqnfx.live.instrument import instrument
+from tests.cli.tiny import TEXT, save_model
 from tests.families import build
 
 
@@ -54,6 +55,60 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
     assert linear
     # Four steps of two batches each.
     assert all(count == {"forward": 8, "backward": 8} for count in linear.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is absent")
+@pytest.mark.parametrize("kind", ["SFT", "GRPO"])
+def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFT breaks the graph at its fused loss and changes values in place; GRPO generates, and learns from what it said."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    directory = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    common: dict[str, Any] = {
+        "output_dir": str(tmp_path), "max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False,
+        "save_strategy": "no", "disable_tqdm": True, "seed": 0, "per_device_train_batch_size": 2,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    parts: dict[str, Any] = {"SFT": {"max_length": 16}, "GRPO": {"num_generations": 2, "max_completion_length": 4}}[kind]
+    if kind == "GRPO":
+        rewarded = {"reward_funcs": lambda completions, **_: [float(sum(map(ord, text)) % 17) for text in completions]}
+    else:
+        rewarded = {}
+    data = Dataset.from_dict({"text" if kind == "SFT" else "prompt": list(TEXT[:4])})
+
+    def run(level: float | None) -> tuple[list[Any], dict[str, dict[str, int]]]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="float32")
+        arguments = getattr(trl, f"{kind}Config")(**common, **parts)
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, **rewarded
+        )
+        stats: dict[str, dict[str, int]] = {}
+        if level is None:
+            model.compile(backend="eager", dynamic=True)
+            trainer.train()
+        else:
+            with instrument(model, inner="eager", dynamic=True) as handle:
+                handle.set_noise(level=level, ops="linear", phases="both", seed=0)
+                trainer.train()
+                stats = handle.stats()
+        return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry], stats
+
+    plain, _ = run(None)
+    assert run(0.0)[0] == plain
+    noisy, stats = run(0.2)
+    assert noisy != plain
+    assert run(0.2)[0] == noisy
+    layers = [count for site, count in stats.items() if ".layers." in site and ":linear:" in site]
+    assert layers
+    assert all(count["backward"] == 2 and count["forward"] >= 2 for count in layers)
 
 
 @pytest.mark.filterwarnings("default")
