@@ -61,7 +61,8 @@ class Handle:
         self._removed = False
         self._breaks = set(_break_reasons())  # of other models, before this one
         self._inside = threading.local()
-        self._called = False
+        self._called = set[Callable[..., Any]]()
+        self._whole = calls[model]
         for entry, call in calls.items():
             entry._compiled_call_impl = functools.partial(self._run, call)
             _INSTRUMENTED[entry] = self
@@ -82,7 +83,7 @@ class Handle:
                 self.remove()
                 raise cause from error
             # Wrong inputs are the model's own matter; it would raise without us, under a compiler or not.
-            if self._called or isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException):
+            if call in self._called or isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException):
                 raise
             self.remove()
             raise LiveError(
@@ -92,13 +93,13 @@ class Handle:
         finally:
             self._inside.depth = 0
             self.backend.controls.step += 1
-        if not self.backend.call:
+        if not self.backend.call and call is self._whole:  # an encoder that was not reached is reported
             self.remove()
             raise LiveError(
                 f"no graph of {self._title} was captured{_reasons()}, so nothing was instrumented; the model is as it was. "
                 "Is its forward disabled for the compiler, or was Dynamo's limit of recompilations hit?"
             )
-        self._called = True
+        self._called.add(call)
         return result
 
     @property

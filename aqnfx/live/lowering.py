@@ -153,18 +153,33 @@ def _tidy(graph: Graph) -> None:
         if node.target is torch.ops.aten.detach_.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif op_kind(node.target) is not None and is_float(node):
-            packet = getattr(torch.ops.aten, node.target._schema.name.split("::")[-1].removesuffix("_"))
-            functional = getattr(packet, node.target._overloadname)
-            if _alone(node):
+        elif op_kind(node.target) is not None and is_float(node) and (functional := _functional(node.target)) is not None:
+            known = functional(*map_arg(node.args, _known), **map_arg(node.kwargs, _known))
+            if _alone(node) and known.dtype == node.meta["val"].dtype:
                 node.target = functional
                 continue
             with graph.inserting_before(node):
-                value = graph.call_function(functional, node.args, node.kwargs)
-            value.meta = dict(node.meta)
-            value.meta["val"] = functional(*map_arg(node.args, _known), **map_arg(node.kwargs, _known))
+                # A copy: what the gradient of the operation reads must not be what the copy below changes.
+                before = graph.call_function(torch.ops.aten.clone.default, (node.args[0],))
+                value = graph.call_function(functional, (before, *node.args[1:]), node.kwargs)
+            before.meta, value.meta = dict(node.args[0].meta), {**node.meta, "val": known}
+            before.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             node.target, node.args, node.kwargs = torch.ops.aten.copy_.default, (node.args[0], value), {}
     graph.eliminate_dead_code()
+
+
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """Return the operation of ATen that gives as a new value what ``target`` writes into its first argument; None for none."""
+    space, _, name = target._schema.name.partition("::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if space == "aten" else None
+    if packet is None:
+        return None
+    wanted = [str(argument.type) for argument in target._schema.arguments]
+    for overload in packet.overloads():
+        found = getattr(packet, overload)
+        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == wanted:
+            return found  # type: ignore[no-any-return]
+    return None
 
 
 def _known(node: Node) -> Any:

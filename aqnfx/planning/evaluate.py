@@ -14,10 +14,11 @@ from torch.fx import Node
 from aqnfx.errors import ProbeError
 from aqnfx.graph.assignments import Assignment, assigned_sites
 from aqnfx.graph.blocks import Block, cut
+from aqnfx.graph.controls import is_switched
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
-from aqnfx.graph.tags import attribute, get_tag
+from aqnfx.graph.tags import attribute, constant, get_tag
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
 from aqnfx.passes.pipeline import Pipeline
@@ -137,6 +138,7 @@ def _private_weights(program: Program) -> dict[str, str]:
         site: str(place.value.target)
         for site, place in program.places.items()
         if place.site.role is Role.WEIGHT and place.value.op == "get_attr" and readers[str(place.value.target)] == {place.node}
+        and list(place.node.args).count(place.value) == 1
     }
 
 
@@ -187,7 +189,13 @@ class Evaluator:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence[Batch]) -> Evaluator:
-        """Measure on ``batches``; ``program`` has gone through ``tag-ops``."""
+        """Measure on ``batches``; ``program`` has gone through ``tag-ops``.
+
+        Raises :class:`ProbeError` for a program whose noise, or formats with a level, are on: blocks are run without them.
+        """
+        switched = (node for node in program.graph.nodes if is_switched(node))
+        if on := next((node for node in switched if bool((constant(program.module, node.args[1]) != 0).any())), None):
+            raise ProbeError(f"{get_tag(on).site} has noise, or a format with a level, that is on; plans are measured without")
         if not program.ran("partition-blocks"):
             program = Pipeline.parse("partition-blocks")(program)
         return cls(program=program, batches=batches, _replay=BlockReplay(program))
@@ -204,6 +212,9 @@ class Evaluator:
         done and their number. Raises :class:`ProbeError` where logits are not finite.
         """
         runs, total = _Runs.of(self.program, self._replay, plans, base, self._weights), len(self.batches) * (len(plans) + 1)
+        asked = {(target, fmt) for plan in runs.plans.values() for target, (_, fmt) in plan.weights.items()}
+        for gone in self._weights.keys() - asked:  # room for what is stored now
+            del self._weights[gone]
         order = sorted(plans, key=lambda name: base is not None and name != base)  # the base first
         clean: list[Scores] = []
         found: dict[str, list[Scores]] = {name: [] for name in plans}

@@ -137,8 +137,8 @@ class BlockReplay:
     ) -> torch.Tensor:
         """Run the batch without noise nodes, and keep what later runs start from.
 
-        With ``weights`` in place of the parameters of these names, and ``blocks``, which other passes made of the same program,
-        in place of those of their numbers: the runs that follow have them too, but for what they replace.
+        With ``weights`` in place of the parameters of these names, and ``blocks``, cut from the same program with formats, in
+        place of those of their numbers: :meth:`replaced` starts from them, but for what it replaces.
         """
         self._base = dict(weights or {}), {block.number: block for block in blocks}
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import RESULTS, finish, interleaved, ratio
+from common import RESULTS, finish, interleaved, machine, ratio
 from torch import Tensor, nn
 
 from aqnfx.live.instrument import Handle, instrument
@@ -218,12 +218,12 @@ def apart(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Return whether two results are the same bits, and the largest difference of logits and of gradients, as a share of the
     largest logit and of the largest gradient.
     """
-    far = {name: float((found[name] - value).abs().max()) for name, value in wanted.items()}
-    size = {name: float(value.abs().max()) for name, value in wanted.items()}
-    logits = far.pop("logits") / size.pop("logits")
+    far = {name: (found[name] - value).abs().max() for name, value in wanted.items()}
+    size = {name: value.abs().max() for name, value in wanted.items()}
+    logits = float(far.pop("logits") / size.pop("logits"))
     return {
         "identical": found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items()),
-        "logits": logits, "gradients": max(far.values()) / max(size.values()),
+        "logits": logits, "gradients": float(torch.stack([*far.values()]).max() / torch.stack([*size.values()]).max()),
     }  # fmt: skip
 
 
@@ -234,9 +234,12 @@ def agreement(name: str, inner: str, sizes: Sizes) -> dict[str, Any]:
 
     def compiled(backend: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         torch._dynamo.reset()
-        model.compile(backend=backend)
+        entries = [model, *([model.get_encoder()] if getattr(model.config, "is_encoder_decoder", False) else [])]  # type: ignore[operator]
+        for entry in entries:  # generate calls an encoder past the model
+            entry.compile(backend=backend)
         found = subject.outputs(), subject.generations(sizes.new) if backend == inner else {}
-        model._compiled_call_impl = None
+        for entry in entries:
+            entry._compiled_call_impl = None
         torch._dynamo.reset()
         return found
 
@@ -339,7 +342,9 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        rows = before["rows"] if {key: before[key] for key in run} == run else {}
+        if {key: before[key] for key in run} != run or before["machine"] != machine():
+            raise SystemExit(f"{path.name} is of other sizes, another machine or other versions; give another file by --out")
+        rows = before["rows"]
     for model, inner, part in itertools.product(arguments.models, arguments.inner.split(","), parts):
         row = rows.setdefault(f"{Path(model).name}, {inner}", {})
         row[part] = PARTS[part](model, inner, sizes)

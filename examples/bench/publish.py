@@ -283,8 +283,8 @@ def live(record: dict[str, Any]) -> str:
         "## Live models: `python examples/bench/live.py`", "",
         described(record) + f" Generation: {record['prompts']} prompts, {record['new_tokens']} new tokens. Training: steps of"
         f" {record['batch'][0]} x {record['batch'][1]} tokens. Noise at all products, in training on gradients too; hooks:"
-        " autograd functions in place of products, and hooks on layers. Tokens per second,"
-        " and the ratio of speeds with quartiles.", "",
+        " autograd functions in place of products, and hooks on layers. Tokens per second, and the ratio of speeds with"
+        " quartiles.", "",
         "| model | inner | task | compiled | level 0 | noise | hooks | level 0 / compiled | noise / hooks |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip

@@ -99,6 +99,19 @@ def test_generate_calls_an_encoder_past_the_model_with_the_noise_of_the_model() 
 
 
 @pytest.mark.slow
+def test_an_encoder_that_stays_python_is_reported() -> None:
+    model, given = build("t5", num_layers=1), inputs("t5", 2, 9, pad=0)
+    given.pop("decoder_input_ids")
+    encoder = model.get_encoder()  # type: ignore[operator]
+    encoder.forward = torch.compiler.disable(encoder.forward)
+    with instrument(model, inner="eager") as handle:
+        model.generate(**given, max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+        assert not handle.removed
+        assert any(name.startswith("encoder.block.0.") for name in handle.report().unreached)
+        assert any(site.startswith("decoder.block.0.") for site in handle.sites)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradient_checkpointing_recomputes_the_same_noise(inner: str) -> None:
     given = inputs("llama", 2, 8, pad=0)
@@ -280,6 +293,51 @@ class InPlace(nn.Module):
             kept.mul_(0.5)
             return y, kept
         return torch.cat([y[:, :3] * 2.0 + y[:, 3:6], y[:, 3:]], dim=1), kept * 0.5
+
+
+class InPlaceTrained(nn.Module):
+    """Changes what its own gradient reads, by a weight and by the overloads whose names differ."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.linear, self.in_place = Tiny().layers[0].up, in_place  # type: ignore[union-attr]
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.in_place:
+            nn.functional.silu(y[:, :4], inplace=True)
+            y[:, 4:].mul_(self.scale)
+            y[:, :2].pow_(2)
+            return y
+        left, right = nn.functional.silu(y[:, :4]), y[:, 4:] * self.scale
+        return torch.cat([left[:, :2].pow(2), left[:, 2:], right], dim=1)
+
+
+def test_gradients_flow_through_what_is_changed_in_place() -> None:
+    found = []
+    for in_place in (True, False):
+        model = InPlaceTrained(in_place)
+        with instrument(model, inner="eager") as handle, handle.noise(**{**NOISE, "ops": "all", "phases": "both"}):
+            out = model(batch())
+            found.append((out.detach(), gradients(model, out.square().sum()), set(handle.sites)))
+    assert found[0][2] == found[1][2] > {".:silu:0", ".:mul:0", "linear:linear:0"}
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.allclose(found[0][1][name], value, rtol=1e-5) for name, value in found[1][1].items())
+
+
+def test_a_value_that_is_changed_in_place_keeps_its_dtype() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4).to(torch.bfloat16)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).mul_(scale)
+
+    model = Half()
+    with instrument(model, inner="eager") as handle, handle.noise(**{**NOISE, "ops": "linear"}):
+        assert model(batch().bfloat16(), torch.ones(4)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -14,6 +14,7 @@ from aqnfx.planning import evaluate
 from aqnfx.planning.evaluate import measure_plans, stored
 from aqnfx.probes.data import Batch, make_batches
 from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.tasks import reference, score
 from tests.cli.tiny import encoded
 from tests.families import build
@@ -107,7 +108,7 @@ def test_inputs_and_large_weights_go_through_nodes(name: str, room: int, monkeyp
 
 
 @pytest.mark.parametrize("base", ["plan", "weights"])
-def test_plans_are_run_from_where_they_differ_from_another(base: str) -> None:
+def test_plans_are_run_from_where_they_differ_from_another(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Formats of inputs come, go and change between the plans; the clean model is run once for two measurements."""
     program = tagged("llama")
     modules = weights(program, Role.INPUT)
@@ -117,12 +118,21 @@ def test_plans_are_run_from_where_they_differ_from_another(base: str) -> None:
         "other": {**plan, modules[9]: Assignment(weight="int8", input="int4")}, "less": {m: plan[m] for m in modules[:5]},
         "clean": {},
     }  # fmt: skip
-    evaluator, runs = evaluate.Evaluator.of(program, work()), []
+    evaluator, runs, cleans = evaluate.Evaluator.of(program, work()), [], []
+    clean = BlockReplay.clean
+    monkeypatch.setattr(BlockReplay, "clean", lambda *args: (cleans.append(len(args)), clean(*args))[1])
     for round_ in range(2):
         found = evaluator.measure(plans, base=base, progress=lambda done, total: runs.append((done, total)))
         for key, chosen in plans.items():
             assert found[key].scores["kl"].tolist() == expected(program, chosen), (round_, key)
         assert runs[-1] == (12, 12)
+    assert cleans.count(2) == len(work())  # the others are runs of the base
+
+
+@pytest.mark.parametrize("step", ["insert-fake-quant{format=int4 controls=true}", "insert-noise{level=0.1}"])
+def test_what_is_on_is_refused(step: str) -> None:
+    with pytest.raises(ProbeError, match="that is on; plans are measured without"):
+        evaluate.Evaluator.of(aqnfx.Pipeline.parse(step)(tagged("llama")), work())
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
