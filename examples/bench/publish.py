@@ -312,7 +312,7 @@ def live(record: dict[str, Any]) -> str:
             level = found["level 0"]
             bits = "same" if level["identical"] else f"apart by {level['logits']:.0e}, {level['gradients']:.0e}"
             pairs = (found["noise"].get("against eager"), found.get("without noise, against eager"))
-            far = " | ".join("" if pair is None else f"{pair['logits']:.0e}, {pair['gradients']:.0e}" for pair in pairs)
+            far = " | ".join("—" if pair is None else f"{pair['logits']:.0e}, {pair['gradients']:.0e}" for pair in pairs)
             lines.append(f"| {model} | {inner} | {bits} | {same} | {far} |")
     return "\n".join(lines)
 
