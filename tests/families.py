@@ -86,6 +86,12 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+def depth(name: str, blocks: int) -> dict[str, int]:
+    """Return the change of options that gives every stack of a family ``blocks`` blocks."""
+    option = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in FAMILIES[name].options)
+    return {option: blocks}
+
+
 def build(name: str, **changes: Any) -> nn.Module:
     """Return the family's tiny model with seeded random weights, in evaluation mode."""
     family = FAMILIES[name]

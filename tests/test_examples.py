@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import runpy
 import subprocess
@@ -15,11 +14,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-
-NEEDS = {
-    "lm_eval_noise": pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is absent"),
-}
-"""What examples need beside the package."""
 
 # Each example is a first user of the package in a child of its own; what they all import of others is imported once.
 FIRST_USERS = """
@@ -62,11 +56,7 @@ def settings_of_the_process() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # as in a process of its own
 @pytest.mark.usefixtures("settings_of_the_process")
-@pytest.mark.parametrize(
-    "example",
-    [pytest.param(path, marks=NEEDS.get(path.stem, ())) for path in EXAMPLES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_quickly(
     example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

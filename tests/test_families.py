@@ -17,10 +17,11 @@ import aqnfx
 from aqnfx.errors import AqnfxError
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag, is_float
-from tests.families import BLOCKS, FAMILIES, build, build_from, inputs
+from tests.families import FAMILIES, build, build_from, depth, inputs
 
 pytestmark = pytest.mark.usefixtures("own_exports")
 
+BLOCKS = 2
 TRACED = "tag-layers,tag-ops"
 NOISY = 'insert-noise{where="ops:all"}'
 
@@ -28,7 +29,7 @@ NOISY = 'insert-noise{where="ops:all"}'
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Program, Program, Program]:
     """Return (model, program, tagged program, program with noise at every site) of a family."""
-    model = build(name)
+    model = build(name, **depth(name, BLOCKS))
     program = aqnfx.trace(model)
     tagged = aqnfx.Pipeline.parse(TRACED)(program)
     return model, program, tagged, aqnfx.Pipeline.parse(NOISY)(tagged)

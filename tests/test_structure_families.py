@@ -18,7 +18,7 @@ import aqnfx
 from aqnfx.graph.coupling import coupling_groups
 from aqnfx.graph.program import Program
 from aqnfx.graph.structure import structure
-from tests.families import FAMILIES, build, inputs
+from tests.families import FAMILIES, build, depth, inputs
 
 BLOCKS = 2
 SHARED, TIED, EXPERTS = "shared input", "tied weight", "experts of one router"
@@ -27,8 +27,7 @@ SHARED, TIED, EXPERTS = "shared input", "tied weight", "experts of one router"
 @functools.cache
 def traced(name: str) -> tuple[nn.Module, Program]:
     """Return (model, tagged program) of a family."""
-    depth = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in FAMILIES[name].options)
-    model = build(name, **{depth: BLOCKS}, **({"tie_word_embeddings": True} if name == "qwen2" else {}))
+    model = build(name, **depth(name, BLOCKS), **({"tie_word_embeddings": True} if name == "qwen2" else {}))
     return model, aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(model))
 
 

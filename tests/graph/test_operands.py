@@ -18,7 +18,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import OPERANDS, Role
 from aqnfx.passes.pipeline import Pipeline
-from tests.families import build, inputs
+from tests.families import build, depth, inputs
 from tests.graph.small import TAGS, generator, seeded, stack
 from tests.passes.checks import values
 
@@ -26,12 +26,9 @@ OPEN = "tag-layers,decompose-attention,tag-ops"
 EVERY = "|".join(Role)
 
 
-DEPTH = {"gpt2": "n_layer", "t5": "num_layers"}
-
-
 @functools.cache
 def tracing(name: str) -> Program:
-    return aqnfx.trace(build(name, **{DEPTH.get(name, "num_hidden_layers"): 2 if name == "llama" else 1}))
+    return aqnfx.trace(build(name, **depth(name, 2 if name == "llama" else 1)))
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from aqnfx.errors import InputError, LiveError
 from aqnfx.live.harness import harness_lm
 from aqnfx.live.instrument import instrument
+from tests.cli.tiny import save_model
 from tests.live.small import Tiny
 
 
@@ -52,13 +52,10 @@ def test_the_harness_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_lm(handle, "tokenizer")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is absent")
 def test_a_cache_of_the_harness_is_refused(tmp_path: Any) -> None:
+    import transformers
     from lm_eval.api.model import CachingLM
 
-    from tests.cli.tiny import save_model
-
-    transformers = pytest.importorskip("transformers")
     directory = save_model(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     with instrument(model, inner="eager") as handle:

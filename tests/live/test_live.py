@@ -12,7 +12,7 @@ from torch import nn
 import aqnfx
 from aqnfx.live.backend import Backend
 from aqnfx.live.instrument import instrument
-from tests.families import build, inputs
+from tests.families import build, depth, inputs
 from tests.live.small import Block, Tiny, batch, equal, gradients
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "phi3", "mixtral", "bert", "t5")
@@ -25,8 +25,7 @@ NOISE: dict[str, Any] = {"level": 0.1, "ops": "core", "seed": 5, "step": 3}
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_live_model_is_the_model_and_the_program(family: str) -> None:
-    depth = {"t5": "num_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
-    model, given = build(family, **{depth: 1 if family == "t5" else 2}), inputs(family, 2, 11)
+    model, given = build(family, **depth(family, 1 if family == "t5" else 2)), inputs(family, 2, 11)
     labels = {"labels": given.get("decoder_input_ids", given["input_ids"])}
     plain = model(**given, **labels)
     before = gradients(model, plain.loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ def train(folder: Path, level: float | None, seed: int = 0) -> tuple[list[float]
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the trainer's own
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate, which Trainer needs, is absent")
 def test_trainer_of_transformers(tmp_path: Path) -> None:
     plain, _ = train(tmp_path, None)
     silent, _ = train(tmp_path, 0.0)
@@ -59,7 +57,6 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is absent")
 @pytest.mark.parametrize("kind", ["SFT", "GRPO"])
 def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SFT breaks the graph at its fused loss and changes values in place; GRPO generates, and learns from what it said."""
@@ -68,7 +65,7 @@ def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    directory = save_model(tmp_path / "model")
+    directory = save_model(tmp_path / "model", num_hidden_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     common: dict[str, Any] = {
         "output_dir": str(tmp_path), "max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False,
@@ -105,14 +102,12 @@ def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run(0.0)[0] == plain
     noisy, stats = run(0.2)
     assert noisy != plain
-    assert run(0.2)[0] == noisy
     layers = [count for site, count in stats.items() if ".layers." in site and ":linear:" in site]
     assert layers
     assert all(count["backward"] == 2 and count["forward"] >= 2 for count in layers)
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is absent")
 def test_adapters_of_peft_are_sites() -> None:
     from peft import LoraConfig, get_peft_model
 

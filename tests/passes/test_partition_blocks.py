@@ -11,17 +11,18 @@ from aqnfx.graph.blocks import cut, number_blocks
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import attribute, get_tag
 from aqnfx.passes.pipeline import Pipeline
-from tests.families import BLOCKS, FAMILIES, build, inputs
+from tests.families import FAMILIES, build, depth, inputs
 from tests.graph.small import Stack, traced
 from tests.passes.checks import check_pass, values
 from tests.probes.test_replay import FAMILIES as REPLAYED  # whose blocks are run there
 
+BLOCKS = 2
 TAGS = "tag-layers,tag-ops"
 NOISE = 'insert-noise{where="ops:all"}'
 
 
 def blocks_of(name: str, *, noise: str = f",{NOISE}") -> Program:
-    return Pipeline.parse(f"{TAGS}{noise},partition-blocks")(aqnfx.trace(build(name)))
+    return Pipeline.parse(f"{TAGS}{noise},partition-blocks")(aqnfx.trace(build(name, **depth(name, BLOCKS))))
 
 
 @pytest.mark.parametrize("before", [TAGS, f"{TAGS},insert-noise"])
@@ -80,7 +81,7 @@ def test_counters_stand_with_their_noise():
 
 
 def test_what_is_inserted_later_stands_in_its_neighbours_block():
-    late = Pipeline.parse(f"{TAGS},partition-blocks,{NOISE}")(aqnfx.trace(build("llama")))
+    late = Pipeline.parse(f"{TAGS},partition-blocks,{NOISE}")(aqnfx.trace(build("llama", **depth("llama", BLOCKS))))
     assert [b.noisy for b in cut(late)] == [b.noisy for b in cut(blocks_of("llama"))]
 
 
