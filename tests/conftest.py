@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from tests.exports import Exports
 
 ROOT = Path(__file__).resolve().parents[1]
+# Graphs are many small objects that live for a test: by default the collector walks all of them, again and again.
+gc.set_threshold(100_000, 20, 20)
+
 SKIP_WORDS = ("until", "absent")
 _unexplained_key = pytest.StashKey[list[str]]()
 

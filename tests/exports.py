@@ -1,9 +1,10 @@
-"""One export for many tests: what ``torch.export`` records of a Hugging Face model depends on no weight.
+"""One export for many tests: what ``torch.export`` records of a model of Hugging Face or of these tests depends on no weight.
 
 Exporting is most of the time of many tests, and most of them trace the same few architectures. :func:`shared_exports` lets
 ``torch.export.export`` record each of them once; later models of the same description get the recorded graph with their
 own parameters and buffers. Everything behind the export runs for each of them. Models that anything was done to that the
-description does not see (hooks, a forward of their own, modules of other packages) are exported as always.
+description does not see (hooks, a forward of their own, modules of other packages, what tests keep beside plain values) are
+exported as always.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 PACKAGES = ("torch.", "transformers.")
+OWN = "tests."
+INTERNAL = frozenset(vars(nn.Module()))
 PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 KEPT = 32  # graphs; a worker's tests come file by file
 
@@ -39,11 +42,11 @@ class Record:
 
 def describe(model: nn.Module, args: Any, kwargs: Any, options: Any) -> tuple[Any, ...]:
     """Return all that an export can depend on, hashable; raise :class:`Unknown` where that cannot be told."""
-    if not hasattr(model, "config"):
+    configs = {id(m.config): m.config for m in model.modules() if "config" in vars(m)}
+    if not configs and not (type(model).__module__ + ".").startswith(OWN):
         raise Unknown
-    config = model.config
     state = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
-    chosen = (config.to_json_string(use_diff=False), getattr(config, "_attn_implementation", None))
+    chosen = tuple((c.to_json_string(use_diff=False), getattr(c, "_attn_implementation", None)) for c in configs.values())
     modules = tuple(_module(name, module) for name, module in model.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}  # tied tensors show as one
     tensors = tuple(
@@ -64,7 +67,8 @@ def _tensor(value: Tensor) -> tuple[Any, ...]:
 
 def _module(name: str, module: nn.Module) -> tuple[Any, ...]:
     kind = type(module)
-    if not (kind.__module__ + ".").startswith(PACKAGES):
+    package = kind.__module__ + "."
+    if not package.startswith((*PACKAGES, OWN)):
         raise Unknown
     plain = []
     for key, value in vars(module).items():
@@ -74,6 +78,8 @@ def _module(name: str, module: nn.Module) -> tuple[Any, ...]:
             plain.append((key, repr(value)))
         elif inspect.isroutine(value):
             plain.append((key, value))
+        elif package.startswith(OWN) and key not in INTERNAL:
+            raise Unknown
     return name, kind, kind.forward, tuple(sorted(plain)), tuple(sorted(module._non_persistent_buffers_set))
 
 

@@ -54,7 +54,7 @@ def run_session(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
-    with _terminable() as terminated, Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+    with _terminable() as terminated, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         told = ["starting"]

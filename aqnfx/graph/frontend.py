@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from aqnfx.data import embedded_model
 from aqnfx.errors import InputError, ModelError, TraceError
 from aqnfx.graph.edit import BUFFER_PREFIX
+from aqnfx.graph.functional import is_mutable, make_functional
 from aqnfx.graph.inputs import default_shapes, example_inputs
-from aqnfx.graph.normalize import is_mutable, normalize_graph
+from aqnfx.graph.normalize import normalize_graph
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
 from aqnfx.graph.tags import static_size
@@ -67,11 +68,6 @@ def trace(
     else:
         exported = _export(model, inputs, dynamic_shapes, sequence_length)
         source |= _describe(model)
-    if is_mutable(exported.graph):
-        with warnings.catch_warnings():
-            # torch 2.13 copies its own tree specs of a class that it has deprecated.
-            warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
-            exported = exported.run_decompositions({})  # functionalises; an empty table decomposes nothing else
     program = _to_program(exported, source)
     program.source["trace_seconds"] = round(time.perf_counter() - started, 3)  # type: ignore[index]
     return program
@@ -171,9 +167,21 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
+def _functional_module(exported: ExportedProgram) -> torch.fx.GraphModule:
+    """Return the graph of an export, weights by their names, without operations that change a tensor in place."""
+    module: torch.fx.GraphModule = exported.module(check_guards=False)
+    if not is_mutable(exported.graph) or make_functional(module.graph):
+        return module
+    with warnings.catch_warnings():
+        # torch 2.13 copies its own tree specs of a class that it has deprecated.
+        warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+        # Exports once more: what is changed where others see it takes alias analysis. An empty table decomposes nothing else.
+        module = exported.run_decompositions({}).module(check_guards=False)
+    return module
+
+
 def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
-    module = exported.module(check_guards=False)
-    example = exported.example_inputs
+    module, example = _functional_module(exported), exported.example_inputs
     if example is None:
         raise TraceError("the exported program carries no example inputs; export it with them")
     defaults, in_spec = pytree.tree_flatten(example)

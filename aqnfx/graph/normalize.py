@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from aqnfx.errors import TraceError
@@ -20,11 +20,6 @@ _CHECKS = (
     "sym_constrain_range",
     "sym_constrain_range_for_size",
 )
-
-
-def is_mutable(graph: Graph) -> bool:
-    """Return whether any operation of the graph changes a tensor in place."""
-    return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in graph.nodes)
 
 
 def _inline_mode_region(module: GraphModule, node: Node, skip: int) -> None:

@@ -16,10 +16,10 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from aqnfx.graph.edit import inline
+from aqnfx.graph.functional import changes_unseen, functional_of, value_of
 from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
@@ -153,9 +153,9 @@ def _tidy(graph: Graph) -> None:
         if node.target is torch.ops.aten.detach_.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif op_kind(node.target) is not None and is_float(node) and (functional := _functional(node.target)) is not None:
-            known = functional(*map_arg(node.args, _known), **map_arg(node.kwargs, _known))
-            if _alone(node) and known.dtype == node.meta["val"].dtype:
+        elif op_kind(node.target) is not None and is_float(node) and (functional := functional_of(node.target)) is not None:
+            known = value_of(functional, node)
+            if changes_unseen(node) and known.dtype == node.meta["val"].dtype:
                 node.target = functional
                 continue
             with graph.inserting_before(node):
@@ -166,42 +166,6 @@ def _tidy(graph: Graph) -> None:
             before.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             node.target, node.args, node.kwargs = torch.ops.aten.copy_.default, (node.args[0], value), {}
     graph.eliminate_dead_code()
-
-
-def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """Return the operation of ATen that gives as a new value what ``target`` writes into its first argument; None for none."""
-    space, _, name = target._schema.name.partition("::")
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if space == "aten" else None
-    if packet is None:
-        return None
-    wanted = [str(argument.type) for argument in target._schema.arguments]
-    for overload in packet.overloads():
-        found = getattr(packet, overload)
-        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == wanted:
-            return found  # type: ignore[no-any-return]
-    return None
-
-
-def _known(node: Node) -> Any:
-    return node.meta["val"]
-
-
-def _alone(node: Node) -> bool:
-    """Return whether what an operation changes in place is a value of the graph that only the operation's result shows."""
-    changed = node.args[0]
-    if not isinstance(changed, Node) or changed.op != "call_function":
-        return False
-    source: Any = changed.args[0] if changed.target is operator.getitem else changed
-    if not isinstance(source, Node) or not isinstance(source.target, torch._ops.OpOverload) or _views(source):
-        return False
-    readers = [user for user in changed.users if user is not node]
-    return not any(_views(user) for user in readers) and all(user < node for user in readers)
-
-
-def _views(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
 
 
 def _unlift(

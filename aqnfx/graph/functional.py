@@ -1,0 +1,100 @@
+"""Operations that change a tensor in place, as operations that return a new one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+_FRESH = frozenset({torch.ops.aten.linear.default, torch.ops.aten.matmul.default})
+"""Composite operations that never return their input."""
+
+
+def is_mutable(graph: Graph) -> bool:
+    """Return whether any operation of the graph changes a tensor in place."""
+    return any(_changes(node) for node in graph.nodes)
+
+
+def make_functional(graph: Graph) -> bool:
+    """Put the functional operation in place of every one that changes a value in place; return whether all could be.
+
+    It can where nothing but the result of the operation shows the change (:func:`changes_unseen`), and where both results have
+    the same dtype, shape and strides. Otherwise the graph is left as it was.
+    """
+    found: dict[Node, torch._ops.OpOverload] = {}
+    for node in graph.nodes:
+        if not _changes(node):
+            continue
+        target = functional_of(node.target)
+        unseen = target is not None and changes_unseen(node, found.keys())
+        if target is None or not unseen or _layout(value_of(target, node)) != _layout(node.meta["val"]):
+            return False
+        found[node] = target
+    for node, target in found.items():
+        node.target = target
+    return True
+
+
+def functional_of(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """Return the operation of ATen that gives as a new value what ``target`` writes into its first argument; None for none."""
+    space, _, name = target._schema.name.partition("::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if space == "aten" else None
+    if packet is None:
+        return None
+    wanted = [str(argument.type) for argument in target._schema.arguments]
+    for overload in packet.overloads():
+        found = getattr(packet, overload)
+        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == wanted:
+            return found  # type: ignore[no-any-return]
+    return None
+
+
+def value_of(target: torch._ops.OpOverload, node: Node) -> Any:
+    """Return the fake value of ``target`` for the arguments of ``node``."""
+    return target(*map_arg(node.args, _known), **map_arg(node.kwargs, _known))
+
+
+def changes_unseen(node: Node, fresh: Container[Node] = ()) -> bool:
+    """Return whether what ``node`` changes in place is a value of the graph that only the result of ``node`` shows.
+
+    ``fresh``: operations in place whose results will be values of their own.
+    """
+    changed = node.args[0]
+    if not isinstance(changed, Node) or changed.op != "call_function":
+        return False
+    source: Any = changed.args[0] if changed.target is operator.getitem else changed
+    if not isinstance(source, Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    if _may_alias(source) and source not in fresh:
+        return False
+    readers = [user for user in changed.users if user is not node]
+    return not any(_may_alias(user) for user in readers) and all(user < node for user in readers)
+
+
+def _changes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _may_alias(node: Node) -> bool:
+    """Return whether a result may share memory with an argument: schemas say so, but not those of composite operations."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if any(r.alias_info is not None for r in target._schema.returns):
+        return True
+    return target not in _FRESH and target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+
+
+def _known(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def _layout(value: Any) -> Any:
+    """Return dtype, shape and strides as text: comparing symbolic sizes would add guards."""
+    return (value.dtype, str(tuple(value.shape)), str(value.stride())) if isinstance(value, Tensor) else None
