@@ -6,6 +6,7 @@ import functools
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Handle:
         self.backend = backend
         self._before = weakref.WeakKeyDictionary[nn.Module, Any]({entry: entry._compiled_call_impl for entry in calls})
         self._removed = False
-        self._breaks = set(_break_reasons())  # of other models, before this one
+        self._breaks = _break_reasons()  # of other models, before this one
         self._inside = threading.local()
         self._called = set[Callable[..., Any]]()
         self._whole = calls[model]
@@ -95,8 +96,9 @@ class Handle:
             self.backend.controls.step += 1
         if not self.backend.call and call is self._whole:  # an encoder that was not reached is reported
             self.remove()
+            reason = f" (graph break: {broke[0]})" if (broke := self._broke()) else ""
             raise LiveError(
-                f"no graph of {self._title} was captured{_reasons()}, so nothing was instrumented; the model is as it was. "
+                f"no graph of {self._title} was captured{reason}, so nothing was instrumented; the model is as it was. "
                 "Is its forward disabled for the compiler, or was Dynamo's limit of recompilations hit?"
             )
         self._called.add(call)
@@ -200,6 +202,10 @@ class Handle:
         _ = self.controls
         self.backend.reset_hits()
 
+    def _broke(self) -> tuple[str, ...]:
+        """Return why Dynamo broke graphs since this handle was made; reasons of earlier models may be the same."""
+        return tuple(reason for reason, times in _break_reasons().items() if times > self._breaks[reason])
+
     def report(self) -> Report:
         """Return what was reached so far, and what was not."""
         graphs = self.backend.graphs
@@ -209,11 +215,10 @@ class Handle:
         own = {name: {id(p) for p in module.parameters(recurse=False)} for name, module in modules.items()}
         used = {tensor for name in reached for tensor in own.get(name, ())}
         sites = self.controls.sites.values()
-        breaks = tuple(reason for reason in _break_reasons() if reason not in self._breaks)
         return Report(
             graphs=len(graphs), fragments=len({graph.fragment for graph in graphs}), sites=len(sites),
             layers=tuple(sorted({(s.stack or "", s.layer) for s in sites if s.layer is not None})),
-            unreached=tuple(name for name, tensors in own.items() if tensors - used), breaks=breaks,
+            unreached=tuple(name for name, tensors in own.items() if tensors - used), breaks=self._broke(),
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:
@@ -314,13 +319,9 @@ def _first_line(error: BaseException) -> str:
     return f"{type(inner).__name__}: {line}"
 
 
-def _break_reasons() -> list[str]:
-    counted = torch._dynamo.utils.counters["graph_break"]
-    return [next((line for line in str(reason).splitlines() if line.strip()), "unknown") for reason in counted]
-
-
-def _reasons() -> str:
-    found = _break_reasons()
-    return f" (graph break: {found[0]})" if found else ""
-
-
+def _break_reasons() -> Counter[str]:
+    """Return how often Dynamo broke a graph in this process, by reason."""
+    found: Counter[str] = Counter()
+    for reason, times in torch._dynamo.utils.counters["graph_break"].items():
+        found[next((line for line in str(reason).splitlines() if line.strip()), "unknown")] += times
+    return found

@@ -80,6 +80,8 @@ def test_signals_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path, sent: si
     assert "seeds was" in ended.err
     assert journal.read_bytes() == before
 
+    if sent is signal.SIGTERM:  # what is left is the same after either
+        return
     assert aqnfx(*command, "--resume").code == 0
     assert not journal.exists()
     assert aqnfx(*options(place, undisturbed)).code == 0

@@ -152,6 +152,12 @@ def test_parts_that_a_graph_break_separates_keep_their_names() -> None:
             broken(x)
         hits = {site for site, n in second.stats().items() if n["forward"] > 1}
         assert hits == {"layers.1:add:0", "layers.1:add:1"}
+    torch._dynamo.reset()
+    again = Tiny(breaks=True).requires_grad_(False)
+    with instrument(again, inner="eager") as third:
+        assert not third.report().breaks  # those of the model before are not its own
+        again(x)
+        assert third.report().breaks == report.breaks  # though they have the same reason
 
 
 class Outer(nn.Module):

@@ -40,7 +40,7 @@ def train(folder: Path, level: float | None, seed: int = 0) -> tuple[list[float]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the trainer's own
+@pytest.mark.filterwarnings("default", "ignore:.*will be removed in v6:FutureWarning")  # the trainer's own
 def test_trainer_of_transformers(tmp_path: Path) -> None:
     plain, _ = train(tmp_path, None)
     silent, _ = train(tmp_path, 0.0)
@@ -56,7 +56,7 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", "ignore:.*will be removed in v6:FutureWarning")
 @pytest.mark.parametrize("kind", ["SFT", "GRPO"])
 def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SFT breaks the graph at its fused loss and changes values in place; GRPO generates, and learns from what it said."""
@@ -107,7 +107,7 @@ def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(count["backward"] == 2 and count["forward"] >= 2 for count in layers)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", "ignore:.*will be removed in v6:FutureWarning")
 def test_adapters_of_peft_are_sites() -> None:
     from peft import LoraConfig, get_peft_model
 
