@@ -135,3 +135,16 @@ def test_sites_are_those_of_a_second_export(family: str, monkeypatch: pytest.Mon
     assert [site.id for site in quick.sites] == [site.id for site in slow.sites]
     with torch.no_grad():
         assert torch.equal(quick(**arguments).logits, slow(**arguments).logits)
+
+
+def test_gradients_of_a_program_are_those_of_the_model() -> None:
+    """A second export would turn reshapes into views that only hold for the strides that values have without gradients."""
+    model, arguments = build("t5", **depth("t5", 1)), inputs("t5", 2, 9)
+    model(**arguments, use_cache=False).logits.square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    program = aqnfx.trace(model)
+    program(**arguments).logits.square().sum().backward()
+    found = {name: p.grad for name, p in program.module.named_parameters() if p.grad is not None}
+    assert len(found) > 20
+    assert all(torch.equal(grad, expected[name]) for name, grad in found.items())
