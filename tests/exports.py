@@ -43,6 +43,8 @@ class Record:
 def describe(model: nn.Module, args: Any, kwargs: Any, options: Any) -> tuple[Any, ...]:
     """Return all that an export can depend on, hashable; raise :class:`Unknown` where that cannot be told."""
     configs = {id(m.config): m.config for m in model.modules() if "config" in vars(m)}
+    if not all(hasattr(config, "to_json_string") for config in configs.values()):
+        raise Unknown
     if not configs and not (type(model).__module__ + ".").startswith(OWN):
         raise Unknown
     state = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
@@ -53,7 +55,12 @@ def describe(model: nn.Module, args: Any, kwargs: Any, options: Any) -> tuple[An
         (name, first.setdefault(id(t), name), type(t), *_tensor(t), t.requires_grad) for name, t in _tensors(model).items()
     )
     given, spec = pytree.tree_flatten((args, kwargs))
-    inputs = tuple(_tensor(value) if isinstance(value, Tensor) else repr(value) for value in given)
+    places: dict[int, int] = {}  # one tensor given twice, or two that share memory, show as one
+    inputs = tuple(
+        (*_tensor(value), value.requires_grad, places.setdefault(value.untyped_storage().data_ptr(), number))
+        if isinstance(value, Tensor) else repr(value)
+        for number, value in enumerate(given)
+    )  # fmt: skip
     return state, chosen, modules, tensors, inputs, str(spec), repr(options)
 
 

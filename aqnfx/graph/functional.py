@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 _FRESH = frozenset({torch.ops.aten.linear.default, torch.ops.aten.matmul.default})
 """Composite operations that never return their input."""
+_ALIASING = frozenset({torch.ops.aten._unsafe_view.default})
+"""Operations whose result shares memory with an argument although their schema does not say so."""
 
 
 def is_mutable(graph: Graph) -> bool:
-    """Return whether any operation of the graph changes a tensor in place."""
-    return any(_changes(node) for node in graph.nodes)
+    """Return whether any operation of the graph, or of the regions in it, changes a tensor in place."""
+    return any(_changes(node) for part in (graph, *_regions(graph)) for node in part.nodes)
 
 
 def make_functional(graph: Graph) -> bool:
     """Put the functional operation in place of every one that changes a value in place; return whether all could be.
 
     It can where nothing but the result of the operation shows the change (:func:`changes_unseen`), and where both results have
-    the same dtype, shape and strides. Otherwise the graph is left as it was.
+    the same dtype, shape and strides; not within regions (``torch.no_grad``). Otherwise the graph is left as it was.
     """
+    if any(_changes(node) for region in _regions(graph) for node in region.nodes):
+        return False
     found: dict[Node, torch._ops.OpOverload] = {}
     for node in graph.nodes:
         if not _changes(node):
@@ -45,14 +49,23 @@ def functional_of(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
     """Return the operation of ATen that gives as a new value what ``target`` writes into its first argument; None for none."""
     space, _, name = target._schema.name.partition("::")
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if space == "aten" else None
-    if packet is None:
+    if packet is None or name == "set_" or _written(target) != [0]:  # set_ makes a tensor the same as another
         return None
-    wanted = [str(argument.type) for argument in target._schema.arguments]
     for overload in packet.overloads():
         found = getattr(packet, overload)
-        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == wanted:
+        if not found._schema.is_mutable and _arguments(found) == _arguments(target):
             return found  # type: ignore[no-any-return]
     return None
+
+
+def _arguments(target: torch._ops.OpOverload) -> list[tuple[str, bool]]:
+    return [(str(argument.type), argument.kwarg_only) for argument in target._schema.arguments]
+
+
+def _written(target: torch._ops.OpOverload) -> list[int]:
+    """Return the numbers of the arguments that ``target`` writes into."""
+    given = enumerate(target._schema.arguments)
+    return [number for number, argument in given if argument.alias_info is not None and argument.alias_info.is_write]
 
 
 def value_of(target: torch._ops.OpOverload, node: Node) -> Any:
@@ -77,6 +90,12 @@ def changes_unseen(node: Node, fresh: Container[Node] = ()) -> bool:
     return not any(_may_alias(user) for user in readers) and all(user < node for user in readers)
 
 
+def _regions(graph: Graph) -> Iterator[Graph]:
+    owner = graph.owning_module
+    if owner is not None:
+        yield from (part.graph for part in owner.modules() if isinstance(part, GraphModule) and part is not owner)
+
+
 def _changes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -85,8 +104,8 @@ def _may_alias(node: Node) -> bool:
     """Return whether a result may share memory with an argument: schemas say so, but not those of composite operations."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if any(r.alias_info is not None for r in target._schema.returns):
+        return isinstance(target, torch._ops.HigherOrderOperator)  # a region may read a part of it
+    if target in _ALIASING or any(r.alias_info is not None for r in target._schema.returns):
         return True
     return target not in _FRESH and target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 import aqnfx
 from aqnfx.graph import frontend
-from aqnfx.graph.functional import is_mutable, make_functional
+from aqnfx.graph.functional import changes_unseen, functional_of, is_mutable, make_functional
 from tests.families import build, depth, inputs
 from tests.graph.small import generator
 
@@ -83,10 +83,55 @@ def of_another_dtype(y: Tensor, x: Tensor) -> Tensor:
 
 def of_other_strides(y: Tensor, x: Tensor) -> Tensor:
     wide = torch.empty_strided((3, 4), (1, 3)).fill_(0.0)
-    return torch.mul(wide, 1.0).add_(y).t().contiguous()
+    return torch.mul(wide, 1.0).addmm_(y, x.t() @ x).t() + 1.0  # a new result would be row by row
 
 
-SEEN = [an_input, a_view, through_a_view, not_dropped, of_another_dtype]
+def read_in_a_region(y: Tensor, x: Tensor) -> Tensor:
+    fresh = torch.zeros_like(x)
+    with torch.no_grad():
+        row = fresh[0]
+    fresh.add_(1.0)
+    return y + row
+
+
+def changed_in_a_region(y: Tensor, x: Tensor) -> Tensor:
+    y = y * 1.0
+    with torch.no_grad():
+        y.mul_(2.0)
+    return y + 1.0
+
+
+def changed_in_both(y: Tensor, x: Tensor) -> Tensor:
+    y.add_(1.0)
+    with torch.no_grad():
+        y.mul_(2.0)
+    return y
+
+
+def written_out(y: Tensor, x: Tensor) -> Tensor:
+    most = torch.empty(())
+    torch.max(x * 1.0, out=most)
+    return y + most
+
+
+def set_to_another(y: Tensor, x: Tensor) -> Tensor:
+    same, other = torch.empty(3, 4), torch.mul(x, 1.0)
+    same.set_(other)
+    same.add_(1.0)
+    return other + y
+
+
+def unsafely_viewed(y: Tensor, x: Tensor) -> Tensor:
+    flat = torch.ops.aten._unsafe_view(other := torch.mul(x, 1.0), [12])
+    flat.add_(1.0)
+    return other + y
+
+
+TRACED = [
+    a_view, through_a_view, of_another_dtype, of_other_strides, read_in_a_region, changed_in_a_region, changed_in_both,
+    written_out, set_to_another, unsafely_viewed,
+]  # fmt: skip
+SEEN = [an_input, not_dropped, *TRACED]
 
 
 def exported(then: Callable[[Tensor, Tensor], Tensor]) -> tuple[ExportedProgram, Tensor]:
@@ -118,12 +163,33 @@ def test_what_others_see_is_not(then: Callable[[Tensor, Tensor], Tensor]) -> Non
     assert [(node.name, node.target) for node in module.graph.nodes] == before
 
 
-@pytest.mark.parametrize("then", [a_view, through_a_view, of_another_dtype, of_other_strides])
+@pytest.mark.parametrize("then", TRACED)
 def test_and_is_traced_all_the_same(then: Callable[[Tensor, Tensor], Tensor]) -> None:
     found, x = exported(then)
     program = aqnfx.trace(found)
     assert not is_mutable(program.graph)
     assert torch.equal(program(x.clone()), found.module()(x.clone()))
+
+
+def test_what_reads_the_old_value_later_sees_the_change() -> None:
+    found, _ = exported(read_later)
+    module = found.module(check_guards=False)
+    changing = next(node for node in module.graph.nodes if node.name == "add_")
+    assert changes_unseen(changing)
+    for user in list(changing.users):
+        user.replace_input_with(changing, changing.args[0])
+    assert not changes_unseen(changing)
+    assert not make_functional(module.graph)
+
+
+def test_the_functional_operation_is_the_overload_of_the_same_arguments() -> None:
+    aten = torch.ops.aten
+    pairs = {
+        aten.add_.Tensor: aten.add.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.clamp_.default: aten.clamp.default,
+        aten.clamp_.Tensor: aten.clamp.Tensor, aten.div_.Tensor_mode: aten.div.Tensor_mode, aten.max.unary_out: None,
+        aten.set_.source_Tensor: None, aten.resize_.default: aten.resize.default,
+    }  # fmt: skip
+    assert {target: functional_of(target) for target in pairs} == pairs
 
 
 @pytest.mark.parametrize("family", ["falcon", "mixtral", "t5"])
