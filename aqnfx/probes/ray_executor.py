@@ -105,7 +105,7 @@ class RayExecutor:
         """Run the units wherever a worker is free; the outcomes of a unit come together."""
         # Units are taken when somebody is free: what is wanted may depend on what came before.
         ray, waiting, again, lost = self._ray, iter(units), collections.deque[Unit](), 0
-        actors = [self._new() for _ in range(self._workers)]
+        actors = self._start(self._workers)
         busy: dict[Any, tuple[Any, Unit]] = {}
         idle = list(actors)
         try:
@@ -125,7 +125,7 @@ class RayExecutor:
                         raise ProbeError(f"{lost} Ray workers were lost, the last with: {str(error).splitlines()[0]}") from error
                     again.append(unit)
                     actors.remove(actor)
-                    actors.append(self._new())
+                    actors += self._start(1)
                     idle.append(actors[-1])
                     continue
                 except ray.exceptions.RayTaskError as error:
@@ -136,21 +136,25 @@ class RayExecutor:
             for actor in actors:
                 ray.kill(actor)
 
-    def _new(self) -> Any:
-        """Start a worker; its graph must be the driver's."""
-        actor = self._class.remote(self._build, self._threads)
+    def _start(self, count: int) -> list[Any]:
+        """Start workers, all at once; their graphs must be the driver's. None is left where one cannot be made."""
+        ray, actors = self._ray, [self._class.remote(self._build, self._threads) for _ in range(count)]
         try:
-            found = self._ray.get(actor.identity.remote())
-        except self._ray.exceptions.RayTaskError as error:
-            raise _original(error) from error
-        except self._ray.exceptions.RayActorError as error:
-            raise ProbeError(f"a Ray worker could not be made: {_last_line(str(error))}") from error
-        if found != self._identity:
-            raise ProbeError(
-                "a Ray worker has another graph or other weights than this process: the model's files, or the versions of "
-                "torch, transformers or aqnfx, differ there; make them the same"
-            )
-        return actor
+            found = ray.get([actor.identity.remote() for actor in actors])
+            if any(identity != self._identity for identity in found):
+                raise ProbeError(
+                    "a Ray worker has another graph or other weights than this process: the model's files, or the versions "
+                    "of torch, transformers or aqnfx, differ there; make them the same"
+                )
+        except BaseException as error:
+            for actor in actors:
+                ray.kill(actor)
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise _original(error) from error
+            if isinstance(error, ray.exceptions.RayActorError):
+                raise ProbeError(f"a Ray worker could not be made: {_last_line(str(error))}") from error
+            raise
+        return actors
 
     def close(self) -> None:
         """Leave the cluster, if this executor joined it."""

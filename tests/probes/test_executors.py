@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,6 +281,41 @@ def test_a_server_that_does_not_start_is_asked_twice(monkeypatch: pytest.MonkeyP
         with pytest.raises(InputError, match="'ray://there:10001' cannot be reached: RuntimeError: Starting failed; check"):
             RayExecutor(lambda: None, identity="", address="ray://there:10001")  # type: ignore[arg-type,return-value]
     assert calls == ["ray://there:10001"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fails", "identity", "message"),
+    [(True, "the same", "could not be made"), (False, "another", "another graph or other weights")],
+)
+def test_workers_start_together_and_none_is_left_where_one_cannot_be_made(
+    fails: bool, identity: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
+    from aqnfx.probes.ray_executor import RayExecutor
+
+    events: list[str] = []
+
+    class Made:
+        def __init__(self, *_given: Any) -> None:
+            events.append("made")
+            self.identity, self.remote = self, lambda: "the same"
+
+    def get(found: list[str]) -> list[str]:
+        events.append("asked")
+        if fails:
+            raise ray.exceptions.RayActorError
+        return found
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr("ray.remote", lambda **_options: lambda _kind: types.SimpleNamespace(remote=Made))
+    monkeypatch.setattr("ray.get", get)
+    monkeypatch.setattr("ray.kill", lambda _actor: events.append("killed"))
+    executor = RayExecutor(lambda: None, identity=identity, workers=2)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ProbeError, match=message):
+        list(executor.run([]))
+    assert events == ["made", "made", "asked", "killed", "killed"]
 
 
 # Ray opens files and sockets that it closes when the process ends.
