@@ -18,9 +18,14 @@ _ALIASING = frozenset({torch.ops.aten._unsafe_view.default})
 """Operations whose result shares memory with an argument although their schema does not say so."""
 
 
+def is_in_place(node: Node) -> bool:
+    """Return whether a node is an operation that writes into an argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def is_mutable(graph: Graph) -> bool:
     """Return whether any operation of the graph, or of the regions in it, changes a tensor in place."""
-    return any(_changes(node) for part in (graph, *_regions(graph)) for node in part.nodes)
+    return any(is_in_place(node) for part in (graph, *_regions(graph)) for node in part.nodes)
 
 
 def make_functional(graph: Graph) -> bool:
@@ -29,11 +34,11 @@ def make_functional(graph: Graph) -> bool:
     It can where nothing but the result of the operation shows the change (:func:`changes_unseen`), and where both results have
     the same dtype, shape and strides; not within regions (``torch.no_grad``). Otherwise the graph is left as it was.
     """
-    if any(_changes(node) for region in _regions(graph) for node in region.nodes):
+    if any(is_in_place(node) for region in _regions(graph) for node in region.nodes):
         return False
     found: dict[Node, torch._ops.OpOverload] = {}
     for node in graph.nodes:
-        if not _changes(node):
+        if not is_in_place(node):
             continue
         target = functional_of(node.target)
         unseen = target is not None and changes_unseen(node, found.keys())
@@ -94,10 +99,6 @@ def _regions(graph: Graph) -> Iterator[Graph]:
     owner = graph.owning_module
     if owner is not None:
         yield from (part.graph for part in owner.modules() if isinstance(part, GraphModule) and part is not owner)
-
-
-def _changes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _may_alias(node: Node) -> bool:

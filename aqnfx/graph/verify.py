@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 import aqnfx.numerics.score  # noqa: F401  (registers the operator; the others are those of controls)
 from aqnfx.errors import VerificationError
 from aqnfx.graph.controls import is_switched
+from aqnfx.graph.functional import is_in_place
 from aqnfx.graph.operands import role_of
 from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.render import target_name
@@ -109,11 +110,9 @@ def _inserted_keep_module(module: GraphModule) -> Iterator[Finding]:
 
 def _functional(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or get_tag(node).inserted_by is not None:
-            continue
         # Caches are written in place; values that a pass may touch never are.
-        if target._schema.is_mutable and op_kind(target) is not None and is_float(node):
+        inserted = get_tag(node).inserted_by is not None
+        if is_in_place(node) and not inserted and op_kind(node.target) is not None and is_float(node):
             yield node, f"changes its input in place ({target_name(node)})"
 
 

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from aqnfx.graph.edit import inline
-from aqnfx.graph.functional import changes_unseen, functional_of, value_of
+from aqnfx.graph.functional import changes_unseen, functional_of, is_in_place, value_of
 from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
@@ -148,7 +148,7 @@ def _tidy(graph: Graph) -> None:
     perturb, and is then copied to its place.
     """
     for node in list(graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        if not is_in_place(node):
             continue
         if node.target is torch.ops.aten.detach_.default:
             node.replace_all_uses_with(node.args[0])
