@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import COUNT, FAKE_QUANT, NOISE, PLAIN, is_switched
+from aqnfx.graph.controls import COUNT, NOISE, PLAIN, is_switched
 from aqnfx.graph.operands import Place, role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag, static_size
+from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.noise import with_keys
 from aqnfx.numerics.ops import MIX, NORMAL
 
@@ -61,7 +62,8 @@ class Block:
     and buffers of its module. Blocks with the same ``fingerprint`` compute the same function of tensors of the same
     shapes and dtypes. ``noisy``: ids of the sites with a noise node, or a fake-quant node with controls, in it;
     ``pattern`` their places among those of the whole graph's block. ``dynamic``: the dimensions of every input and
-    attribute that the batch decides. ``lowered``: noise and formats are plain functions for a compiler.
+    attribute that the batch decides. ``lowered``: noise and formats are plain functions for a compiler. ``stores``: operands
+    and the formats that they are stored in, which are arguments too, after the attributes: :meth:`storing` others is free.
     """
 
     number: int
@@ -74,6 +76,16 @@ class Block:
     pattern: tuple[int, ...]
     dynamic: tuple[tuple[int, ...], ...]
     lowered: bool = False
+    stores: Mapping[str, str] = field(default_factory=dict)
+
+    def storing(self, formats: Mapping[str, str]) -> Block:
+        """Return the block with its operands in ``formats``, and as they are where that names none.
+
+        Raises :class:`PassError` for a site that the block was not cut with formats for.
+        """
+        if unknown := [site for site in formats if site not in self.stores]:
+            raise PassError(f"{unknown[0]} has no format in block {self.number}; cut the block with it")
+        return dataclasses.replace(self, stores={site: formats.get(site, "") for site in self.stores})
 
 
 def cut(
@@ -82,8 +94,9 @@ def cut(
 ) -> tuple[Block, ...]:  # fmt: skip
     """Return the blocks of ``program`` in order, with the noise nodes of all sites, of none, or of those in ``noise``.
 
-    ``only`` names the numbers of the blocks that are wanted. ``formats``, sites of operands -> number formats, stores what is
-    read there as ``insert-fake-quant`` does: a rewritten program for every choice would cost more than running it. Liveness
+    ``only`` names the numbers of the blocks that are wanted. ``formats``, sites of operands -> number formats ("": as it is),
+    stores what is read there as ``insert-fake-quant`` does, in one block for all formats: a rewritten program for every choice
+    would cost more than running it. What they return has no gradient. Liveness
     decides what crosses: a block returns what any later block, or the output, reads. Value names are the same with and without
     noise. Raises :class:`PassError` before ``partition-blocks`` ran.
     """
@@ -132,10 +145,13 @@ def _extract(
 
     wanted = [n for n in outer if n.op == "get_attr" and read_on(n)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
-    graph, copies, shared = Graph(), dict[Node, Node](), dict[Any, Node]()
+    graph, copies = Graph(), dict[Node, Node]()
+    slots = [(node, place, fmt) for node in nodes for place, fmt in stored.get(node, ())]
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
         copies[node].meta = dict(node.meta)
+    formats = {place.site.id: graph.placeholder(f"format_{number}") for number, (_, place, _) in enumerate(slots)}
+    known: dict[Any, list[tuple[Node, Node]]] = {}  # operand -> formats that it is stored in, and the results
     for node, (tensor, dim) in sizes.items():
         copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
         copies[node].meta = dict(node.meta)
@@ -145,14 +161,18 @@ def _extract(
                 copies[node] = copies[source]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-        for place, fmt in stored.get(node, ()):
-            key = place.value, fmt, place.dim, place.channel_dim
-            if key not in shared:
-                arguments = copies[place.value], None, None, None, fmt, "", place.dim, place.channel_dim
-                with graph.inserting_before(copies[node]):
-                    shared[key] = graph.call_function(FAKE_QUANT, arguments)
+        for _, place, _ in (slot for slot in slots if slot[0] is node):
+            # Readers of one value that ask for the same format share it.
+            before = known.setdefault((place.value, place.dim, place.channel_dim), [])
+            fmt = formats[place.site.id]
+            names, others = [name for name, _ in before], [other for _, other in before]
+            with graph.inserting_before(copies[node]):
+                made = graph.call_function(
+                    _stored, (copies[place.value], fmt, place.dim, place.channel_dim, names, others)
+                )
+            before.append((fmt, made))
             assert place.position is not None  # an operand's
-            copies[node].update_arg(place.position, shared[key])
+            copies[node].update_arg(place.position, made)
     graph.output(tuple(copies[n] for n in live))
     module = GraphModule(program.module, graph, class_name="Block")
     return Block(
@@ -160,7 +180,19 @@ def _extract(
         outputs=tuple(n.name for n in live), fingerprint=_fingerprint(graph),
         noisy=tuple(str(get_tag(n).site) for n in nodes if is_switched(n) and n not in gone), pattern=pattern,
         dynamic=tuple(_dynamic(n.meta.get("val")) for n in (*values, *wanted)),
+        stores={place.site.id: fmt for _, place, fmt in slots},
     )  # fmt: skip
+
+
+def _stored(
+    x: torch.Tensor, fmt: str, dim: int, channel_dim: int, formats: list[str], found: list[torch.Tensor]
+) -> torch.Tensor:  # fmt: skip
+    """Return ``x`` as a format stores it, "": as it is; ``found`` is what it is in ``formats``."""
+    if not fmt:
+        return x
+    if fmt in formats:
+        return found[formats.index(fmt)]
+    return quantize(x, parse_format(fmt), dim=dim, channel_dim=channel_dim)
 
 
 def lower(block: Block) -> Block:

@@ -25,6 +25,7 @@ Grouping = Literal["none", "tensor", "channel", "row", "block"]
 Scale = Literal["none", "fp32", "bf16", "e8m0", "e4m3"]
 
 _EXPONENT = 0x7F800000
+_LEAST = 1 << 22  # the bits of 2^-127, which fp32 has as a subnormal number
 _TO_INTEGER = 1.5 * 2.0**23  # adding it to fp32 leaves no fraction: the sum rounds to nearest, ties to even
 
 
@@ -137,31 +138,32 @@ def relative_error(name: str) -> float:
     return float(wrong.square().sum().sqrt() / x.double().square().sum().sqrt())
 
 
-def _exponent_field(x: Tensor) -> Tensor:
-    """Return the biased exponents of fp32 values, int32: 0 for zeros and subnormals, 255 for infinities and NaN."""
-    return (x.view(torch.int32) & _EXPONENT) >> 23
-
-
-def _power_of_two(field: Tensor) -> Tensor:
-    """Return 2^(field - 127) as fp32, for int32 fields in [0, 254]; NaN for 255, as E8M0 has it."""
-    bits = torch.where(field > 0, field << 23, 1 << 22)
-    return torch.where(field == 255, as_int32(0x7FC00000), bits).view(torch.float32)
+def _power_of_two_scale(largest: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Return 2^(floor(log2(largest)) - top) as E8M0 has it, at least 2^-127 and NaN for infinities and NaN, and its inverse."""
+    exponent = largest.view(torch.int32) & _EXPONENT
+    bits = (exponent - (top << 23)).clamp_min_(0)
+    inverse = ((254 << 23) - bits).clamp_min_(_LEAST)
+    bits = bits.clamp_min_(_LEAST).masked_fill_(exponent == _EXPONENT, as_int32(0x7FC00000))
+    return bits.view(torch.float32), inverse.view(torch.float32)
 
 
 def round_element(x: Tensor, element: Element) -> Tensor:
-    """Return fp32 ``x`` rounded to the values of ``element``, to nearest with ties to even; NaN stays NaN."""
+    """Return fp32 ``x`` rounded to the values of ``element``, a new tensor, to nearest with ties to even; NaN stays NaN."""
+    # Each step goes on in the tensor of the one before: fresh memory for each costs several times the arithmetic.
     if isinstance(element, IntElement):
         step = 2.0**-element.fraction
-        return torch.round(x.clamp(-element.largest, element.largest) * (1.0 / step)) * step
+        held = x.clamp(-element.largest, element.largest)
+        return held.round_() if step == 1.0 else held.mul_(1.0 / step).round_().mul_(step)
     if element.exponent == 8:
         return _round_mantissa(x, 23 - element.mantissa)
     top = element.largest
     # Clamping first changes no rounding, and keeps infinities out of the arithmetic.
     held = x.clamp(-2.0 * top, 2.0 * top) if element.overflow else x.clamp(-top, top)
     power = (held.view(torch.int32) & _EXPONENT).view(torch.float32)
-    spacing = (power * 2.0**-element.mantissa).clamp_min(2.0 ** (element.lowest - element.mantissa))
-    magic = spacing * _TO_INTEGER
-    rounded = torch.copysign((held + magic) - magic, x)
+    # The spacing of values there, times what pushes the digits below it out.
+    magic = power.mul_(2.0**-element.mantissa * _TO_INTEGER)
+    magic.clamp_min_(2.0 ** (element.lowest - element.mantissa) * _TO_INTEGER)
+    rounded = held.add_(magic).sub_(magic).copysign_(x)
     if element.overflow:
         rounded = torch.where(rounded.abs() > top, torch.copysign(torch.full_like(x, math.inf), x), rounded)
     return rounded
@@ -171,7 +173,7 @@ def _round_mantissa(x: Tensor, dropped: int) -> Tensor:
     """Return fp32 ``x`` without its ``dropped`` last mantissa bits; exponents are those of fp32, so overflow is infinite."""
     bits = x.view(torch.int32)
     half = (1 << (dropped - 1)) - 1
-    rounded = (bits + half + ((bits >> dropped) & 1)) & as_int32(-(1 << dropped))
+    rounded = (bits >> dropped).bitwise_and_(1).add_(bits).add_(half).bitwise_and_(as_int32(-(1 << dropped)))
     return torch.where(x.isnan(), x, rounded.view(torch.float32))
 
 
@@ -209,7 +211,7 @@ def quantize(
     wide = _single(x)
     if fmt.grouping == "none":
         stored = round_element(wide, fmt.element)
-        return torch.where(stored.isinf(), stored, _held(stored, x.dtype)).to(x.dtype)
+        return torch.where(stored.isinf(), stored, _held(stored.clone(), x.dtype)).to(x.dtype)
     if fmt.grouping in ("row", "block") and x.dim() > 1 and dim % x.dim() != x.dim() - 1:
         moved = wide.movedim(dim, -1)
         return _held(_grouped(moved, fmt, channel_dim, bounds).values, x.dtype).movedim(-1, dim)
@@ -237,9 +239,9 @@ def _single(x: Tensor) -> Tensor:
 
 
 def _held(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return fp32 ``x`` in ``dtype``; a value that rounding took beyond the largest number becomes that."""
+    """Return fp32 ``x`` in ``dtype``; a value that rounding took beyond the largest number becomes that, in ``x`` too."""
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    return x.clamp(-largest, largest).to(dtype)
+    return x.clamp_(-largest, largest).to(dtype)
 
 
 def _grouped(wide: Tensor, fmt: Format, channel_dim: int, bounds: tuple[Tensor, Tensor] | None) -> Stored:
@@ -285,11 +287,8 @@ def _scaled(
     largest = found if bounds is None else _largest(bounds)
     if fmt.scale == "e8m0":
         top = element.top if isinstance(element, FloatElement) else 0
-        field = _exponent_field(largest)
-        field = torch.where(field == 255, field, (field - top).clamp(0, 254))
-        inverse = torch.where(field == 255, field, 254 - field)
-        scale = _power_of_two(field)
-        values = round_element(x * _power_of_two(inverse), element) * scale
+        scale, inverse = _power_of_two_scale(largest, top)
+        values = round_element(x * inverse, element).mul_(scale)
         return Stored(values, scale * -element.largest, scale * element.largest)
     if fmt.scale == "e4m3":
         assert whole is not None  # given by the caller for this scale
@@ -297,7 +296,7 @@ def _scaled(
         scale = round_element(largest / element.largest / tensor_scale, E4M3) * tensor_scale
     else:
         scale = _stored_scale(largest / element.largest, fmt)
-    values = round_element(x / _divisor(scale), element) * scale
+    values = round_element(x / _divisor(scale), element).mul_(scale)
     return Stored(values, scale * -element.largest, scale * element.largest)
 
 
@@ -323,8 +322,8 @@ def _with_zero_point(
     # Each by itself: their difference may overflow.
     scale = _divisor(_stored_scale(high / steps - low / steps, fmt))
     zero = torch.round(-low / scale).clamp(0.0, steps)
-    stored = (torch.round(x / scale) + zero).clamp(0.0, steps)
-    return Stored((stored - zero) * scale, -zero * scale, (steps - zero) * scale)
+    stored = (x / scale).round_().add_(zero).clamp_(0.0, steps)
+    return Stored(stored.sub_(zero).mul_(scale), -zero * scale, (steps - zero) * scale)
 
 
 _PLAIN = {"bf16": BF16, "fp16": FP16, "tf32": TF32}

@@ -7,10 +7,13 @@ perturbation δ costs half of (Σ g·δ)²: the second-order expansion of KL wit
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnfx.numerics.formats import unmasked
 from aqnfx.numerics.noise import NoiseKind
@@ -18,6 +21,58 @@ from aqnfx.numerics.perturbations import perturbation
 
 RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
 """The kinds of noise that differ from draw to draw; everything else is a declared perturbation."""
+_KEPT = 1 << 26  # bytes of what perturbations change in values that are held between draws
+
+
+class Changes:
+    """What the declared perturbations change in one value, made once for all score nodes that read it in a backward pass.
+
+    With ``keep`` it is held for the draws that follow too, as long as all that is held so has 64 MiB at the most.
+    """
+
+    __slots__ = ("__weakref__", "_asked", "_kept", "_made", "keep", "readers")
+    held: ClassVar[int] = 0
+
+    def __init__(self, *, keep: bool) -> None:
+        self.readers, self.keep = 0, keep
+        self._asked, self._kept, self._made = 0, 0, list[Tensor]()
+
+    def __del__(self) -> None:
+        Changes.held -= self._kept
+
+    def of(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return what ``make`` returns, from an earlier reader or draw where there was one."""
+        found = self._made or make()
+        self._asked += 1
+        if self.keep and not self._kept:
+            size = sum(tensor.nbytes for tensor in found)
+            if Changes.held + size <= _KEPT:
+                self._kept, self._made = size, found
+                Changes.held += size
+        if not self._kept:
+            self._made = found if self._asked % self.readers else []
+        return found
+
+
+_CHANGES = WeakTensorKeyDictionary()
+"""Value -> how it is read -> its changes: gone with the graph that asks for them, as the value may be a parameter."""
+
+
+def _changes(y: Tensor, *reading: Any, keep: bool) -> Changes:
+    """Return the changes of a value for one more reader of it."""
+    known = _CHANGES.setdefault(y, WeakValueDictionary())  # type: ignore[no-untyped-call]
+    found: Changes = known.setdefault((y._version, *reading), Changes(keep=keep))
+    found.readers += 1
+    return found
+
+
+def change(y: Tensor, perturbations: list[str], dim: int, channel_dim: int, masked: bool) -> list[Tensor]:
+    """Return what each perturbation changes in ``y``; what a mask put there (:func:`unmasked`) it does not change."""
+    if not masked:
+        return [perturbation(name)(y, dim, channel_dim) for name in perturbations]
+    outside = ~unmasked(y)
+    y = y.masked_fill(outside, 0.0)
+    return [perturbation(name)(y, dim, channel_dim).masked_fill(outside, 0.0) for name in perturbations]
 
 
 def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked: bool = False) -> Tensor:
@@ -44,16 +99,17 @@ def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked
 def accumulate(
     grad: Tensor, y: Tensor, run: Tensor, hits: Tensor, sequences: Tensor, channels: Tensor | None,
     sketch: Tensor | None, index: int, batch: int, kind: str, perturbations: list[str], channel_dim: int,
-    keep_zeros: bool, masked: bool = False, dim: int = -1, elements: Tensor | None = None,
+    keep_zeros: bool, masked: bool = False, dim: int = -1, elements: Tensor | None = None, changes: Changes | None = None,
 ) -> None:  # fmt: skip
     """Add what the gradient ``grad`` says of the value ``y`` to the accumulators, in place.
 
     ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per
     site, draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64 (S,
-    D, K, N): Σ g·δ per declared perturbation; ``elements`` fp64 (S, D, N): Σ (g·δ)², summed over draws. The accumulators
-    may be on another device. ``batch`` 0: the value belongs to no sample, and its sum stands at the first sample of the
-    batch. ``kind`` is that of the noise that ``sequences`` and ``channels`` are of; a declared perturbation leaves them
-    alone. ``dim`` and ``channel_dim`` are what the scales of a format run along.
+    D, K, N): Σ g·δ per declared perturbation; ``elements`` fp64 (S, D, N): Σ (g·δ)² of the first draw, which has hardly
+    any noise. The accumulators may be on another device. ``batch`` 0: the value belongs to no sample, and its sum stands
+    at the first sample of the batch. ``kind`` is that of the noise that ``sequences`` and ``channels`` are of; a declared
+    perturbation leaves them alone. ``dim`` and ``channel_dim`` are what the scales of a format run along. ``changes``: what
+    other readers of ``y`` share, or None.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -71,17 +127,18 @@ def accumulate(
         else:
             total = torch.linalg.vector_norm(scaled.reshape(rows, -1), dim=1).double().square_()
         sequences[index, draw, offset : offset + rows] += total.to(sequences.device)
-    for number, name in enumerate(perturbations):
-        if masked:
-            outside = ~unmasked(y)
-            delta = perturbation(name)(y.masked_fill(outside, 0.0), dim, channel_dim).masked_fill(outside, 0.0)
-        else:
-            delta = perturbation(name)(y, dim, channel_dim)
+    if not perturbations:
+        return
+
+    def made() -> list[Tensor]:
+        return change(y, perturbations, dim, channel_dim, masked)
+
+    for number, delta in enumerate(made() if changes is None else changes.of(made)):
         table = (grad.to(delta.dtype) * delta).reshape(rows, -1)
         products = table.sum(1, dtype=torch.float64)
         assert sketch is not None  # allocated by the pass that declares perturbations
         sketch[index, number, draw, offset : offset + rows] += products.to(sketch.device)
-        if elements is not None:
+        if elements is not None and draw == 0:
             squares = torch.linalg.vector_norm(table, dim=1).double().square_()
             elements[index, number, offset : offset + rows] += squares.to(elements.device)
 
@@ -92,7 +149,9 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(y)
-        ctx.rest = rest
+        sequences, perturbations, channel_dim, masked, dim = rest[2], rest[8], rest[9], rest[11], rest[12]
+        reading = *perturbations, dim, channel_dim, masked
+        ctx.rest = *rest, _changes(y, *reading, keep=sequences.shape[1] > 1) if perturbations else None
         return y
 
     @staticmethod
@@ -100,7 +159,7 @@ class _Score(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         with torch.no_grad():
             accumulate(grads[0], y, *ctx.rest)
-        return (grads[0] if ctx.needs_input_grad[0] else None, None, *(None,) * len(ctx.rest))
+        return (grads[0] if ctx.needs_input_grad[0] else None, *(None,) * len(ctx.rest))
 
 
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ def accumulate_weight(
     outer = outer.to(wide).reshape(rows, -1, outer.shape[-1]).transpose(1, 2)
     inner = inner.to(wide).reshape(rows, -1, inner.shape[-1])
     table = table if table is None else table.to(wide)
-    squared = table.square() if table is not None and elements is not None else None
+    squared = table.square() if table is not None and elements is not None and draw == 0 else None
     step = max(1, _CHUNK // weight.numel())
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

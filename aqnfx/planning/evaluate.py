@@ -81,25 +81,32 @@ class _Runs:
     program: Program
     replay: BlockReplay
     plans: Mapping[str, _Stored]
-    blocks: Mapping[tuple[int, Sites], Block]
+    blocks: Mapping[int, Block]
     base: str | None
     held: dict[tuple[str, str], torch.Tensor]
 
     @classmethod
     def of(
         cls, program: Program, replay: BlockReplay, plans: Mapping[str, Mapping[str, Assignment]], base: str | None,
-        held: dict[tuple[str, str], torch.Tensor],
+        held: dict[tuple[str, str], torch.Tensor], blocks: dict[int, Block],
     ) -> _Runs:  # fmt: skip
-        """Make what runs ``plans``; with ``base`` the others start where they differ from that plan. ``held``: stored weights."""
+        """Make what runs ``plans``; with ``base`` the others start where they differ from that plan.
+
+        ``held``: stored weights; ``blocks``: those with formats. Both grow by what is missing.
+        """
         free = _private_weights(program)
         found = {name: _Stored.of(program, assignments, free) for name, assignments in plans.items()}
         before = _NOTHING if base is None else found[base]
         starts = [plan.apart(_NOTHING if name == base else before) for name, plan in found.items()]
-        blocks: dict[tuple[int, Sites], Block] = {}
-        for (_, numbers), plan in zip(starts, found.values(), strict=True):
-            for key in ((number, plan.nodes.get(number, ())) for number in numbers):
-                if key not in blocks:
-                    (blocks[key],) = cut(program, noise=False, only=key[:1], formats=dict(key[1]))
+        wanted: dict[int, dict[str, str]] = {number: {} for _, numbers in starts for number in numbers}
+        for plan in found.values():
+            for number, sites in plan.nodes.items():
+                wanted.setdefault(number, {}).update(dict.fromkeys((site for site, _ in sites), ""))
+        for number, slots in wanted.items():
+            known = blocks[number].stores if number in blocks else None
+            if known is None or not slots.keys() <= known.keys():
+                slots |= dict.fromkeys(known or (), "")
+                (blocks[number],) = cut(program, noise=False, only=(number,), formats=slots)
         return cls(
             program=program, replay=replay.beginning(starts, memory=_KEPT), plans=found, blocks=blocks, base=base, held=held
         )
@@ -114,7 +121,7 @@ class _Runs:
             else attribute(self.program.module, target).detach()
             for target in targets
         }
-        blocks = [self.blocks[number, plan.nodes.get(number, ())] for number in numbers]
+        blocks = [self.blocks[number].storing(dict(plan.nodes.get(number, ()))) for number in numbers]
         return self.replay.clean(batch, weights, blocks) if name == self.base else self.replay.replaced(weights, blocks)
 
     def _weight(self, target: str, place: Place, fmt: str) -> torch.Tensor:
@@ -186,6 +193,7 @@ class Evaluator:
     _replay: BlockReplay
     _clean: dict[int, tuple[Reference, Scores]] = field(default_factory=dict)
     _weights: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    _blocks: dict[int, Block] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, batches: Sequence[Batch]) -> Evaluator:
@@ -211,7 +219,8 @@ class Evaluator:
         scores are known is not run clean again. Results are those of :func:`stored`, bit for bit. ``progress`` is told the runs
         done and their number. Raises :class:`ProbeError` where logits are not finite.
         """
-        runs, total = _Runs.of(self.program, self._replay, plans, base, self._weights), len(self.batches) * (len(plans) + 1)
+        runs = _Runs.of(self.program, self._replay, plans, base, self._weights, self._blocks)
+        total = len(self.batches) * (len(plans) + 1)
         asked = {(target, fmt) for plan in runs.plans.values() for target, (_, fmt) in plan.weights.items()}
         for gone in self._weights.keys() - asked:  # room for what is stored now
             del self._weights[gone]

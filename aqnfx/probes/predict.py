@@ -44,8 +44,8 @@ class Predictions:
 
     ``costs`` fp64 (S, n): per site and sample Σ (g·s)², averaged over the draws; the KL of noise of level l is l²/2 of
     it, in nats summed over the sample's ``tokens`` (n,) positions. ``sketch`` fp64 (S, D, K, n): Σ g·δ of the declared
-    ``perturbations``, whose columns add up over sites; ``elements`` fp64 (S, D, n): Σ (g·δ)² over elements,
-    averaged over the draws, where it was asked for. ``channels``: site -> fp64 (2, C), mean over samples of the cost
+    ``perturbations``, whose columns add up over sites; ``elements`` fp64 (S, D, n): Σ (g·δ)² over elements of
+    the first draw, where it was asked for. ``channels``: site -> fp64 (2, C), mean over samples of the cost
     of each channel and its standard error (NaN where a value belongs to no sample). ``weights``: parameter -> fp64
     (batches,), Σ g² of each batch; ``offsets`` are the numbers of their first samples. ``shared``: the sites whose values
     belong to no sample; in the sketch the sum of a batch stands at its first sample. ``stored_before``: operand -> the
@@ -205,6 +205,7 @@ def predict(
                 torch.autograd.backward([logits], [u], retain_graph=draw + 1 < draws)
                 if progress is not None:
                     progress(number * draws + draw + 1, len(batches) * draws)
+            del logits, u  # and with them what the score nodes keep, before the next batch runs
     facts = {
         "passes": len(batches), "backward_passes": len(batches) * draws, "draws": draws, "seed": seed,
         "seconds": time.perf_counter() - started,
@@ -266,7 +267,7 @@ def _collect(
                 f"a declared perturbation ({', '.join(buffers.perturbations)}) or its gradient is not finite at {broken}: "
                 f"the values are beyond the format's range, or the model's own{_in_half(program)}"
             )
-    elements = None if buffers.elements is None else buffers.elements[rows, :, :samples].cpu().numpy() / draws
+    elements = None if buffers.elements is None else buffers.elements[rows, :, :samples].cpu().numpy()
     return Predictions(
         sites=tuple(sites[name] for name in names), kind=buffers.kind, tokens=tokens, costs=table[rows], draws=draws,
         reached=reached[rows], perturbations=buffers.perturbations, sketch=sketch, elements=elements, channels=channels,

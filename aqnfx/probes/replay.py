@@ -237,6 +237,7 @@ class BlockReplay:
     ) -> None:
         known = collections.ChainMap(dict(weights or {}), self._base[0], self._weights)
         arguments = [values[name] for name in block.inputs] + [known[name] for name in block.attributes]
+        arguments += block.stores.values()
         values.update(zip(block.outputs, self._call(block)(*arguments), strict=True))
         for name in [n for n in values if self._last.get(n, -1) <= place]:
             del values[name]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, finish
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy import stats
 
 from aqnfx.diagnosis.prepare import Prepared
 from aqnfx.graph.assignments import Assignment
@@ -148,7 +148,7 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
         small = table["measured"] < COVERED_BELOW
         inside = np.abs(log) < 1.96 * table["se"] / table["predicted"]
         return {
-            "spearman": float(spearmanr(table["predicted"], table["measured"]).statistic),
+            "spearman": float(stats.spearmanr(table["predicted"], table["measured"]).statistic),
             "median_ratio": float(np.median(table["predicted"] / table["measured"])),
             "coverage": float(inside[small].mean()), "covered_of": int(small.sum()),
             **{
@@ -161,11 +161,17 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {**of(rows), "formats": {name: of([row for row in rows if row["format"] == name]) for name in formats}}
 
 
-def plans(ready: Prepared, setting: Setting, model: str, data: Path, python: str | None) -> list[dict[str, Any]]:
-    """Return, per menu, budget and seed, the KL of our plan and of all others on held-out samples, and what choosing took."""
-    found = []
+def plans(
+    ready: Prepared, setting: Setting, model: str, data: Path, python: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Return, per menu, budget and seed, the KL of our plan and of all others on held-out samples, and what choosing took.
+
+    And, per menu and budget, the same of all seeds together (:func:`pooled`).
+    """
+    found, together = [], []
     for menu in setting.menus:
         formats, budgets = MENUS[menu]
+        every: dict[float, list[dict[str, Measured]]] = {bits: [] for bits in budgets}
         for seed in setting.seeds[: setting.run]:
             options = options_for(formats, setting, seed=seed, modules=BODY)
             problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
@@ -176,7 +182,7 @@ def plans(ready: Prepared, setting: Setting, model: str, data: Path, python: str
             brute = measured_costs(ready, problem, batches)
             seconds = time.perf_counter() - started
             for bits in budgets:
-                row = compared(ready, scored, brute, dataclasses.replace(options, avg_bits=bits), setting, batches, {
+                row, measured = compared(ready, scored, brute, dataclasses.replace(options, avg_bits=bits), setting, batches, {
                     tool["tool"]: {m: parse_choice(f) for m, f in tool["assignments"].items()}
                     for tool in tools if tool["bits"] == bits
                 })  # fmt: skip
@@ -184,12 +190,15 @@ def plans(ready: Prepared, setting: Setting, model: str, data: Path, python: str
                          for tool in tools if tool["bits"] == bits}  # fmt: skip
                 spent["brute force"] = {"seconds": seconds}
                 if took is not None and bits == budgets[0]:
-                    spent["ours"] = took
+                    spent |= took
+                every[bits].append(measured)
                 found.append({"menu": menu, "bits": bits, "seed": seed, "spent": spent, **row})
                 print(f"{menu}, {bits:g} bits, seed {seed}: " + ", ".join(
                     f"{name} {value['kl']:.5f}" for name, value in row["plans"].items()
                 ), f"predicted {row['predicted']['kl']:.5f}, there measured {row['measured_here']:.5f}", flush=True)  # fmt: skip
-    return found
+        for bits, runs in every.items():
+            together.append({"menu": menu, "bits": bits, "seeds": len(runs), "plans": pooled(runs)})
+    return found, together
 
 
 def rivals(
@@ -212,23 +221,30 @@ def rivals(
         return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
 
 
-def in_a_process(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, float]:
+def in_a_process(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, dict[str, float]]:
     """Return seconds and growth of memory of one choice in a fresh process, loading and tracing left out, as of the others."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(_one_choice, model, data, setting, menu, bits, seed).result()
 
 
-def _one_choice(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, float]:
+def _one_choice(model: str, data: Path, setting: Setting, menu: str, bits: float, seed: int) -> dict[str, dict[str, float]]:
     ready = made_ready(model, data, setting)
     options = options_for(MENUS[menu][0], setting, seed=seed, bits=bits, modules=BODY)
     problem, batches = make_problem(ready.program, options), chosen_by(ready, seed, setting, options)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, started = _resident("VmRSS"), time.perf_counter()
-    scored, evaluator = score_options(ready.program, problem, batches, options), Evaluator.of(ready.program, batches)
+
+    def spent() -> dict[str, float]:
+        return {"seconds": time.perf_counter() - started, "memory_mib": _resident("VmHWM") - before}
+
+    scored = score_options(ready.program, problem, batches, options)
+    choose(scored, options)
+    alone = spent()
+    evaluator = Evaluator.of(ready.program, batches)
     scored = check_options(evaluator, scored, options)
     settle(evaluator, scored, options, choose(scored, options)[0])
-    return {"seconds": time.perf_counter() - started, "memory_mib": _resident("VmHWM") - before}
+    return {"unchecked": alone, "ours": spent()}
 
 
 def _resident(name: str) -> float:
@@ -239,7 +255,7 @@ def _resident(name: str) -> float:
 def compared(
     ready: Prepared, scored: Scored, brute: dict[tuple[str, str], float], options: PlanOptions, setting: Setting,
     batches: list[Batch], others: dict[str, dict[str, Choice]],
-) -> dict[str, Any]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Measured]]:  # fmt: skip
     problem, budgets = scored.problem, limits(scored.problem, options)
     unchecked, _ = choose(scored, options)
     evaluator = Evaluator.of(ready.program, batches)
@@ -272,13 +288,31 @@ def compared(
         "measured_here": settled.kl,
         "differs_from_brute_force": sum(a != b for a, b in zip(picked, choices["brute force"], strict=True)),
         "refined": 0 if refined is None else refined.taken,
-    }  # fmt: skip
+    }, measured  # fmt: skip
 
 
 def against(mine: Measured, other: Measured) -> dict[str, Any]:
     """Return the paired difference of our KL less another's over held-out samples, as a share of the other's, with interval."""
     gap = paired_difference(mine.scores["kl"], other.scores["kl"], mine.tokens)
     return {"share": gap.estimate / other.kl, "low": gap.low / other.kl, "high": gap.high / other.kl}
+
+
+def pooled(runs: list[dict[str, Measured]]) -> dict[str, Any]:
+    """Return what :func:`against` does of the KL of every held-out sample, averaged over the plans of all seeds.
+
+    ``seeds``: the interval over seeds instead, of the share in each, from Student's t; None for fewer than two.
+    """
+    found = {}
+    for name in (name for name in runs[0] if all(name in run for run in runs)):
+        mine, other = (
+            dataclasses.replace(run[0], scores={**run[0].scores, "kl": np.mean([m.scores["kl"] for m in run], axis=0)})
+            for run in ([run["ours"] for run in runs], [run[name] for run in runs])
+        )
+        shares = np.array([against(run["ours"], run[name])["share"] for run in runs])
+        reach = stats.t.ppf(0.975, len(shares) - 1) * shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else None
+        seeds = None if reach is None else [float(shares.mean() - reach), float(shares.mean() + reach)]
+        found[name] = {"kl": other.kl, **against(mine, other), "seeds": seeds}
+    return found
 
 
 def main() -> None:
@@ -306,9 +340,11 @@ def main() -> None:
                 print(f"  {name:14} Spearman {row['spearman']:.4f}, ratio {row['median_ratio']:.3f},",
                       f"coverage {row['coverage']:.3f} of {row['covered_of']}")  # fmt: skip
         if "plans" in arguments.parts:
-            kept = [row for row in entry.get("plans", []) if row["menu"] not in setting.menus]
             entry["held"] = setting.held
-            entry["plans"] = kept + plans(ready, setting, model, arguments.data, arguments.rivals)
+            for name, rows in zip(
+                ("plans", "pooled"), plans(ready, setting, model, arguments.data, arguments.rivals), strict=True
+            ):
+                entry[name] = [row for row in entry.get(name, []) if row["menu"] not in setting.menus] + rows
         finish("plan", {"models": models, "setting": dataclasses.asdict(setting)}, arguments)
 
 

@@ -44,13 +44,15 @@ _RIVALS = {
 }  # fmt: skip
 
 
-def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the first columns of a cell, model, menu and bits, and its rows: one per seed."""
+def _by_cell(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
+    """Yield the first columns of a cell, model, menu and bits, its rows: one per seed, and the plans of all seeds together."""
     for model, entry in record["models"].items():
         rows = entry.get("plans", [])
         for menu, bits in dict.fromkeys((row["menu"], row["bits"]) for row in rows):
-            cell = [row for row in rows if (row["menu"], row["bits"]) == (menu, bits)]
-            yield f"| {model} | {menu} | {bits:g} |", cell
+            cell, pooled = (
+                [row for row in table if (row["menu"], row["bits"]) == (menu, bits)] for table in (rows, entry.get("pooled", []))
+            )
+            yield f"| {model} | {menu} | {bits:g} |", cell, pooled[0]["plans"] if pooled else {}
 
 
 def _plans_against(record: dict[str, Any]) -> list[str]:
@@ -64,12 +66,13 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
         " tools (`examples/bench/rivals.py` says"
         " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
         " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
-        " the difference says that ours is better (>) and worse (<). Predicted: ratio of predicted to measured KL of our plan"
+        " the difference says that ours is better (>) and worse (<). All: the difference and its interval with the KL of each"
+        " held-out sample averaged over the plans of all seeds. Predicted: ratio of predicted to measured KL of our plan"
         " on the samples that chose it.", "",
         f"| model | menu | bits | ours | predicted | {' | '.join(_RIVALS.values())} |",
         f"|---|---|---:|---:|---:|{'---|' * len(_RIVALS)}",
     ]  # fmt: skip
-    for head, cell in _by_cell(record):
+    for head, cell, together in _by_cell(record):
         ratios = [row["predicted"]["kl"] / row["measured_here"] for row in cell]
         cells = []
         for name in _RIVALS:
@@ -78,10 +81,13 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
                 cells.append("—")
                 continue
             better, worse = sum(f["high"] < 0 for f in found), sum(f["low"] > 0 for f in found)
-            cells.append(
+            words = (
                 f"{median(f['kl'] for f in found):.4f}; {min(f['share'] for f in found):+.1%} to"
                 f" {max(f['share'] for f in found):+.1%}; {better} >, {worse} <, of {len(found)}"
             )
+            if all_seeds := together.get(name):
+                words += f"; all: {all_seeds['share']:+.1%} [{all_seeds['low']:+.1%}, {all_seeds['high']:+.1%}]"
+            cells.append(words)
         lines.append(
             f"{head} {median(row['plans']['ours']['kl'] for row in cell):.4f} | {min(ratios):.2f} to {max(ratios):.2f} |"
             f" {' | '.join(cells)} |"
@@ -90,14 +96,15 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
 
 
 def _plan_spending(record: dict[str, Any]) -> list[str]:
-    names = ("ours", *(name for name in _RIVALS if name not in ("unchecked", "unsettled")))
+    names = ("ours", *(name for name in _RIVALS if name != "unsettled"))
     lines = [
         "What choosing took: seconds and growth of memory in MiB, medians, in a fresh process after the model was loaded (ours:"
-        " and traced). Brute force: to measure all costs.", "",
+        " and traced). The other tools score and solve, as ours does from draws alone; the whole of ours runs plans too: spot"
+        " checks, switches, and the plans that these lead to. Brute force: to measure all costs.", "",
         f"| model | menu | bits | {' | '.join(_RIVALS.get(name, name) for name in names)} |",
         f"|---|---|---:|{'---:|' * len(names)}",
     ]  # fmt: skip
-    for head, cell in _by_cell(record):
+    for head, cell, _ in _by_cell(record):
         spent = {name: [row["spent"][name] for row in cell if name in row["spent"]] for name in names}
         if not spent["ours"]:
             continue

@@ -91,7 +91,9 @@ def test_shapes_and_dtypes_are_kept_and_finite_stays_finite(name: str, shape: tu
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for scale in (1.0, 1e-30, 1e30 if fmt.grouping != "none" else 1e4, 1e-42):
             x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale).to(dtype)
+            before = x.clone()
             found = quantize(x, fmt, channel_dim=-1)
+            assert torch.equal(x, before)  # the arithmetic goes on in place, but not there
             assert (found.shape, found.dtype) == (x.shape, x.dtype)
             assert bool(found.isfinite().all())
             assert found.data_ptr() != x.data_ptr() or not x.numel()

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import aqnfx
-from aqnfx.errors import ProbeError
+from aqnfx.errors import PassError, ProbeError
+from aqnfx.graph import blocks
 from aqnfx.graph.assignments import Assignment, operands_by_module
+from aqnfx.graph.blocks import cut
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
+from aqnfx.graph.tags import get_tag
 from aqnfx.planning import evaluate
 from aqnfx.planning.evaluate import measure_plans, stored
 from aqnfx.probes.data import Batch, make_batches
@@ -76,7 +79,7 @@ def test_in_half_precision_too() -> None:
 
 def runs_of(program: Program, plans: dict[str, dict[str, Assignment]]) -> evaluate._Runs:
     made = evaluate.Evaluator.of(program, work())
-    return evaluate._Runs.of(made.program, made._replay, plans, None, {})
+    return evaluate._Runs.of(made.program, made._replay, plans, None, {}, {})
 
 
 def test_weights_that_are_read_elsewhere_too_go_through_nodes() -> None:
@@ -163,6 +166,43 @@ def test_runs_start_where_a_plan_begins(assignment: Assignment) -> None:
         whole = len(steps)
         runs.stored("x", batch)
     assert 0 < len(steps) - whole < whole
+
+
+def test_blocks_with_formats_are_cut_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tagged("llama")
+    modules = weights(program, Role.INPUT)
+    known, cuts = evaluate.cut, []
+    monkeypatch.setattr(evaluate, "cut", lambda *args, **kwargs: (cuts.append(kwargs["only"]), known(*args, **kwargs))[1])
+    evaluator = evaluate.Evaluator.of(program, work())
+    rounds = [{m: Assignment(input=fmt) for m in modules} for fmt in ("int4", "int8", "int4:g16")]
+    rounds += [{module: Assignment(input="int3")} for module in modules[:2]]
+    for plan in rounds:
+        assert evaluator.measure({"plan": plan})["plan"].scores["kl"].tolist() == expected(program, plan)
+    assert len(cuts) == len(set(cuts)) > 1
+
+
+def test_readers_of_one_value_share_what_it_is_stored_as(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tagged("llama")
+    projections = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    calls, quantize = [], blocks.quantize
+    monkeypatch.setattr(blocks, "quantize", lambda x, fmt, **kwargs: (calls.append(fmt), quantize(x, fmt, **kwargs))[1])
+    for formats, count in ((("int4", "int4", "int4"), 1), (("int4", "int8", "int4"), 2), (("int4", None, "int8"), 2)):
+        plan = {m: Assignment(input=fmt) for m, fmt in zip(projections, formats, strict=True) if fmt}
+        calls.clear()
+        found = measure_plans(program, work()[:1], {"plan": plan})["plan"].scores["kl"].tolist()
+        assert len(calls) == count
+        assert found == expected(program, plan)[: len(found)]
+
+
+def test_a_block_stores_only_what_it_was_cut_with() -> None:
+    program = evaluate.Evaluator.of(tagged("llama"), work()).program
+    place = next(p for p in operands_by_module(program)["model.layers.0.mlp.down_proj"] if p.site.role is Role.INPUT)
+    number = get_tag(place.node).block
+    (block,) = cut(program, noise=False, only=[number], formats={place.site.id: ""})
+    assert block.storing({place.site.id: "int4"}).stores == {place.site.id: "int4"}
+    assert block.storing({}).stores == {place.site.id: ""}
+    with pytest.raises(PassError, match=f"lm_head:linear:0:input has no format in block {number}; cut the block with it"):
+        block.storing({place.site.id: "int4", "lm_head:linear:0:input": "int4"})
 
 
 def test_no_samples_are_no_measurement() -> None:

@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.errors import PassError
-from aqnfx.numerics import score_weight
+from aqnfx.numerics import score, score_weight
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
+from aqnfx.probes.data import make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import Predictions, predict
+from tests.cli.tiny import encoded
 from tests.families import build
 from tests.graph.small import generator
 from tests.probes.test_predict import WIDTH, AllSigns, Points, exact, net, points, tagged
@@ -74,12 +76,15 @@ def test_formats_of_weights_and_inputs_are_those_of_explicit_jacobians(net, tagg
 @pytest.mark.parametrize("role", ["weight", "input"])
 def test_elements_are_squared_one_by_one(net, tagged, role, monkeypatch):
     """Σ (g·δ)² over elements is the sum of what each element's change costs alone, a factor of a half apart."""
-    monkeypatch.setattr(module, "projection", AllSigns(16))
-    batch, name = points(), "int3:g2"
+    batch, name, signs = points(), "int3:g2", AllSigns(16)
     where = f"modules:{'|'.join(LINEARS)},roles:{role}"
-    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=16 perturb="{name}" elements=true}}')(tagged)
-    found = predict(scored, lambda b: scored(x=b.x.double()), [batch], draws=16)  # type: ignore[arg-type]
-    assert found.elements is not None
+    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=1 perturb="{name}" elements=true}}')(tagged)
+    found = []
+    for draw in range(16):  # each is the first of its pass
+        monkeypatch.setattr(module, "projection", lambda *args, k=draw, **options: signs(*args, **options | {"draw": k}))
+        one = predict(scored, lambda b: scored(x=b.x.double()), [batch], draws=1)  # type: ignore[arg-type]
+        assert one.elements is not None
+        found.append(one.elements[0, 0])
     layer, x = net.layers[0], batch.x.double()
     zero = torch.zeros_like(moved(net, batch, role, name)[1])
     delta = perturbation(name)(layer.up.weight.detach() if role == "weight" else x, -1, 0)
@@ -90,12 +95,45 @@ def test_elements_are_squared_one_by_one(net, tagged, role, monkeypatch):
         one[chosen] = delta[chosen]
         change = F.linear(x, one) if role == "weight" else F.linear(one, layer.up.weight.detach())
         expected += exact(net, batch, [(change, zero)])
-    np.testing.assert_allclose(0.5 * found.elements[0, 0], expected.numpy(), rtol=1e-7, atol=1e-18)
+    np.testing.assert_allclose(0.5 * np.mean(found, 0), expected.numpy(), rtol=1e-7, atol=1e-18)
 
 
 def test_elements_need_a_declared_perturbation(tagged):
     with pytest.raises(PassError, match="elements=true is about declared perturbations"):
         Pipeline.parse('insert-score{where="ops:linear" elements=true}')(tagged)
+
+
+def test_elements_are_those_of_the_first_draw(tagged):
+    where = f"modules:{'|'.join(LINEARS)},roles:weight|input"
+    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=3 perturb="int3:g2" elements=true}}')(tagged)
+    one, three = (predict(scored, lambda b: scored(x=b.x.double()), [points()], draws=draws) for draws in (1, 3))
+    assert one.elements is not None
+    assert one.elements.any()
+    np.testing.assert_array_equal(three.elements, one.elements)
+    np.testing.assert_array_equal(three.sketch[:, :, :1], one.sketch)
+
+
+@pytest.mark.parametrize(("room", "made"), [(1 << 26, 1), (0, 3)])
+def test_what_formats_change_is_computed_once_for_all_readers_of_a_value(room, made, monkeypatch):
+    """q, k and v read one value: three draws of two batches ask 18 times what a format changes in it."""
+    program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build("llama"), sequence_length=8))
+    where = f"modules:{'|'.join(f'model.layers.0.self_attn.{name}_proj' for name in 'qkv')},roles:input"
+    scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=3 perturb="int4|mxfp4"}}')(program)
+    batches = tuple(make_batches(encoded(4, 8), batch_size=2, pad_id=0))
+    calls, known = [], score.perturbation
+    monkeypatch.setattr(score, "perturbation", lambda name: lambda *args: (calls.append(name), known(name)(*args))[1])
+    monkeypatch.setattr(score, "_KEPT", room)
+    found = predict(scored, eager_forward(scored), batches, draws=3)
+    assert len(calls) == 2 * 2 * made  # formats, batches
+    assert score.Changes.held == 0
+    assert not score._CHANGES
+    monkeypatch.setattr(score, "perturbation", known)
+    for name in "qkv":
+        site = f"model.layers.0.self_attn.{name}_proj:linear:0:input"
+        alone = Pipeline.parse(f'insert-score{{where="sites:{site}" samples=4 draws=3 perturb="int4|mxfp4"}}')(program)
+        (one,) = predict(alone, eager_forward(alone), batches, draws=3).sketch
+        assert one.any()
+        np.testing.assert_array_equal(found.sketch[[site.id for site in found.sites].index(site)], one)
 
 
 def test_a_format_as_the_kind_is_what_kl_returns(net, tagged, monkeypatch):
