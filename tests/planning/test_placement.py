@@ -31,14 +31,17 @@ def program(directory: Path) -> aqnfx.Program:
     return aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(str(directory)))
 
 
-def made_up(program: aqnfx.Program, **changes: Any) -> SensitivityMap:
+def made_up(program: aqnfx.Program, *modules: str, **changes: Any) -> SensitivityMap:
     entries = [site.to_record() | {"predicted": {}, "measured": {}} | changes.get(site.id, {}) for site in program.sites]
     return SensitivityMap.from_record({
         "schema": "aqnfx.sensitivity/1", "model": {"parameters": program.source["parameters"], "dtype": "float32"},
         "task": {"metric": "kl", "samples": 4, "tokens": 40},
         "noise": {"kind": "relative_gaussian", "levels": [0.1], "base_level": 0.1, "seeds": [0], "unit_error": 1.0},
         "per_site": entries, "per_operator": {}, "per_layer": {}, "windows": [],
-        "channels": {f"{DOWN}:linear:0": {"channels": 64, "top": [], "outliers": [], "max_ratio": 40.0, "outlier_count": 2}},
+        "channels": {
+            f"{module}:linear:0": {"channels": 64, "top": [], "outliers": [], "max_ratio": 40.0, "outlier_count": 2}
+            for module in modules or (DOWN,)
+        },
     })  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def test_places_are_those_of_the_analyser(program: aqnfx.Program) -> None:
 
 def test_a_map_gives_reasons_and_chooses_nothing(program: aqnfx.Program, directory: Path) -> None:
     problem = make_problem(program, PlanOptions(avg_bits=6.0))
-    smap = made_up(program)
+    smap = made_up(program, *(part.module for part in problem.parts))  # whichever are the dearest, which the report explains
     found = placements(program, problem, smap)[DOWN]["reasons"]
     assert any("outlier channels in its own channels: 2, the largest 40×" in text for text in found)
     texts = [line * 2 for line in TEXT]
