@@ -38,7 +38,7 @@ class InsertScore(Pass):
     dimension, of the second after a convolution. ``perturb`` names declared perturbations
     (:func:`~aqnfx.numerics.perturbations.perturbation`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
     scores every floating-point parameter: Σ g², for the Fisher trace. ``elements`` also accumulates Σ (g·δ)² of the declared
-    perturbations, element by element.
+    perturbations, element by element, in the first draw.
     """
 
     name: ClassVar[str] = "insert-score"

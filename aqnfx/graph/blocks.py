@@ -76,7 +76,7 @@ class Block:
     pattern: tuple[int, ...]
     dynamic: tuple[tuple[int, ...], ...]
     lowered: bool = False
-    stores: Mapping[str, str] = field(default_factory=dict)
+    stores: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def storing(self, formats: Mapping[str, str]) -> Block:
         """Return the block with its operands in ``formats``, and as they are where that names none.
@@ -96,7 +96,7 @@ def cut(
 
     ``only`` names the numbers of the blocks that are wanted. ``formats``, sites of operands -> number formats ("": as it is),
     stores what is read there as ``insert-fake-quant`` does, in one block for all formats: a rewritten program for every choice
-    would cost more than running it. What they return has no gradient. Liveness
+    would cost more than running it. No gradient goes through what is stored so. Liveness
     decides what crosses: a block returns what any later block, or the output, reads. Value names are the same with and without
     noise. Raises :class:`PassError` before ``partition-blocks`` ran.
     """
@@ -146,11 +146,11 @@ def _extract(
     wanted = [n for n in outer if n.op == "get_attr" and read_on(n)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
     graph, copies = Graph(), dict[Node, Node]()
-    slots = [(node, place, fmt) for node in nodes for place, fmt in stored.get(node, ())]
+    slots = [(place.site.id, fmt) for node in nodes for place, fmt in stored.get(node, ())]
     for position, node in enumerate((*values, *wanted)):
         copies[node] = graph.placeholder(f"{'value' if position < len(values) else 'weight'}_{position}")
         copies[node].meta = dict(node.meta)
-    formats = {place.site.id: graph.placeholder(f"format_{number}") for number, (_, place, _) in enumerate(slots)}
+    formats = {site: graph.placeholder(f"format_{number}") for number, (site, _) in enumerate(slots)}
     known: dict[Any, list[tuple[Node, Node]]] = {}  # operand -> formats that it is stored in, and the results
     for node, (tensor, dim) in sizes.items():
         copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[tensor], dim))
@@ -161,7 +161,7 @@ def _extract(
                 copies[node] = copies[source]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-        for _, place, _ in (slot for slot in slots if slot[0] is node):
+        for place, _ in stored.get(node, ()):
             # Readers of one value that ask for the same format share it.
             before = known.setdefault((place.value, place.dim, place.channel_dim), [])
             fmt = formats[place.site.id]
@@ -179,8 +179,8 @@ def _extract(
         number=number, module=module, inputs=tuple(n.name for n in values), attributes=tuple(str(n.target) for n in wanted),
         outputs=tuple(n.name for n in live), fingerprint=_fingerprint(graph),
         noisy=tuple(str(get_tag(n).site) for n in nodes if is_switched(n) and n not in gone), pattern=pattern,
-        dynamic=tuple(_dynamic(n.meta.get("val")) for n in (*values, *wanted)),
-        stores={place.site.id: fmt for _, place, fmt in slots},
+        dynamic=(*(_dynamic(n.meta.get("val")) for n in (*values, *wanted)), *(() for _ in slots)),
+        stores=dict(slots),
     )  # fmt: skip
 
 

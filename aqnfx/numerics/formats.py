@@ -198,9 +198,9 @@ def quantize(
     ``dim`` is the dimension that rows and blocks run along (where products sum), ``channel_dim`` that of the grouping
     "channel". A last block that is not full stands as if zeros followed. ``bounds``, two scalars, are the least and the
     largest value that a scale of the whole tensor is made for, instead of those of ``x``; what lies beyond saturates.
-    Groups of zeros stay zeros. NaN stays NaN; an infinity takes part as the format says: where a scale is read off the
-    values, its whole group becomes NaN, since no scale describes it. Empty tensors come back as they are. Raises
-    :class:`InputError` for bounds where no scale is of the whole tensor.
+    No gradient goes through: rounding has none. Groups of zeros stay zeros. NaN stays NaN; an infinity takes part as the
+    format says: where a scale is read off the values, its whole group becomes NaN, since no scale describes it. Empty tensors
+    come back as they are. Raises :class:`InputError` for bounds where no scale is of the whole tensor.
     """
     if bounds is not None and not fmt.static:
         raise InputError(
@@ -208,7 +208,7 @@ def quantize(
         )
     if x.numel() == 0:
         return x.clone()
-    wide = _single(x)
+    wide = _single(x.detach())  # autograd would keep what is overwritten below
     if fmt.grouping == "none":
         stored = round_element(wide, fmt.element)
         return torch.where(stored.isinf(), stored, _held(stored.clone(), x.dtype)).to(x.dtype)
@@ -224,6 +224,7 @@ def quantize_group(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None 
     A group is a block or a row; where the whole tensor shares a scale, or nothing does, any split is right. The range
     broadcasts to the values. ``x`` is not empty. ``bounds`` and the values are those of :func:`quantize`.
     """
+    x = x.detach()
     if fmt.grouping == "none":
         largest = x.new_tensor(fmt.element.largest)
         return Stored(round_element(x, fmt.element), -largest, largest)
@@ -273,7 +274,7 @@ def _by_blocks(x: Tensor, fmt: Format, bounds: tuple[Tensor, Tensor] | None) -> 
     whole = (x.abs().amax() if bounds is None else _largest(bounds)) if fmt.scale == "e4m3" else None
     found = _scaled(blocks, fmt, (blocks.dim() - 1,), whole, None)
     values = found.values.reshape(padded.shape)
-    return Stored((values if full else values[..., :width]).reshape(x.shape), found.low[..., 0], found.high[..., 0])
+    return Stored((values if full else values[..., :width].contiguous()).reshape(x.shape), found.low[..., 0], found.high[..., 0])
 
 
 def _scaled(

@@ -7,6 +7,7 @@ perturbation δ costs half of (Σ g·δ)²: the second-order expansion of KL wit
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -21,36 +22,36 @@ from aqnfx.numerics.perturbations import perturbation
 
 RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
 """The kinds of noise that differ from draw to draw; everything else is a declared perturbation."""
-_KEPT = 1 << 26  # bytes of what perturbations change in values that are held between draws
+_HELD = 1 << 26  # bytes of what perturbations change in values, of all values together
+_LOCK = threading.RLock()  # every device has a thread of its own for the backward pass
 
 
 class Changes:
-    """What the declared perturbations change in one value, made once for all score nodes that read it in a backward pass.
+    """What the declared perturbations change in one value, for all score nodes that read it and all draws.
 
-    With ``keep`` it is held for the draws that follow too, as long as all that is held so has 64 MiB at the most.
+    It is held as long as a graph asks for it, where all that is held so has 64 MiB at the most; else every node makes it again.
     """
 
-    __slots__ = ("__weakref__", "_asked", "_kept", "_made", "keep", "readers")
+    __slots__ = ("__weakref__", "_made", "_size")
     held: ClassVar[int] = 0
 
-    def __init__(self, *, keep: bool) -> None:
-        self.readers, self.keep = 0, keep
-        self._asked, self._kept, self._made = 0, 0, list[Tensor]()
+    def __init__(self) -> None:
+        self._made, self._size = list[Tensor](), 0
 
     def __del__(self) -> None:
-        Changes.held -= self._kept
+        with _LOCK:
+            Changes.held -= self._size
 
     def of(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return what ``make`` returns, from an earlier reader or draw where there was one."""
-        found = self._made or make()
-        self._asked += 1
-        if self.keep and not self._kept:
-            size = sum(tensor.nbytes for tensor in found)
-            if Changes.held + size <= _KEPT:
-                self._kept, self._made = size, found
+        if self._made:
+            return self._made
+        found = make()
+        size = sum(tensor.nbytes for tensor in found)
+        with _LOCK:
+            if Changes.held + size <= _HELD:
                 Changes.held += size
-        if not self._kept:
-            self._made = found if self._asked % self.readers else []
+                self._made, self._size = found, size
         return found
 
 
@@ -58,15 +59,15 @@ _CHANGES = WeakTensorKeyDictionary()
 """Value -> how it is read -> its changes: gone with the graph that asks for them, as the value may be a parameter."""
 
 
-def _changes(y: Tensor, *reading: Any, keep: bool) -> Changes:
-    """Return the changes of a value for one more reader of it."""
+def _shared(y: Tensor, *reading: Any) -> Changes:
+    """Return the changes of a value that all its readers share."""
     known = _CHANGES.setdefault(y, WeakValueDictionary())  # type: ignore[no-untyped-call]
-    found: Changes = known.setdefault((y._version, *reading), Changes(keep=keep))
-    found.readers += 1
+    version = 0 if y.is_inference() else y._version
+    found: Changes = known.setdefault((version, *reading), Changes())
     return found
 
 
-def change(y: Tensor, perturbations: list[str], dim: int, channel_dim: int, masked: bool) -> list[Tensor]:
+def _changed(y: Tensor, perturbations: list[str], dim: int, channel_dim: int, masked: bool) -> list[Tensor]:
     """Return what each perturbation changes in ``y``; what a mask put there (:func:`unmasked`) it does not change."""
     if not masked:
         return [perturbation(name)(y, dim, channel_dim) for name in perturbations]
@@ -105,11 +106,11 @@ def accumulate(
 
     ``run`` int32 (3,): seed, number of the draw, row offset. ``hits`` int64 (S,); ``sequences`` fp64 (S, K, N): per
     site, draw and sample; ``channels`` fp64 (2, C): sum and sum of squares over samples and draws; ``sketch`` fp64 (S,
-    D, K, N): Σ g·δ per declared perturbation; ``elements`` fp64 (S, D, N): Σ (g·δ)² of the first draw, which has hardly
-    any noise. The accumulators may be on another device. ``batch`` 0: the value belongs to no sample, and its sum stands
-    at the first sample of the batch. ``kind`` is that of the noise that ``sequences`` and ``channels`` are of; a declared
-    perturbation leaves them alone. ``dim`` and ``channel_dim`` are what the scales of a format run along. ``changes``: what
-    other readers of ``y`` share, or None.
+    D, K, N): Σ g·δ per declared perturbation; ``elements`` fp64 (S, D, N): Σ (g·δ)² of the first draw, whose noise is
+    small beside its bias. The accumulators may be on another device. ``batch`` 0: the value belongs to no sample, and its
+    sum stands at the first sample of the batch. ``kind`` is that of the noise that ``sequences`` and ``channels`` are of; a
+    declared perturbation leaves them alone. ``dim`` and ``channel_dim`` are what the scales of a format run along.
+    ``changes``: what other readers of ``y`` share, or None.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -131,7 +132,7 @@ def accumulate(
         return
 
     def made() -> list[Tensor]:
-        return change(y, perturbations, dim, channel_dim, masked)
+        return _changed(y, perturbations, dim, channel_dim, masked)
 
     for number, delta in enumerate(made() if changes is None else changes.of(made)):
         table = (grad.to(delta.dtype) * delta).reshape(rows, -1)
@@ -149,9 +150,8 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(y)
-        sequences, perturbations, channel_dim, masked, dim = rest[2], rest[8], rest[9], rest[11], rest[12]
-        reading = *perturbations, dim, channel_dim, masked
-        ctx.rest = *rest, _changes(y, *reading, keep=sequences.shape[1] > 1) if perturbations else None
+        _, _, _, _, _, _, _, _, perturbations, channel_dim, _, masked, dim, _ = rest
+        ctx.rest = *rest, _shared(y, *perturbations, dim, channel_dim, masked) if perturbations else None
         return y
 
     @staticmethod

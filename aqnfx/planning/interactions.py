@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 Fits = Callable[[tuple[int, ...]], bool]
 
 _USUAL = 0.05  # interactions of a whole plan, as a share of its parts, where nothing says otherwise
+_CLEAR = 4.0  # standard errors from which an interaction stands out; at 2 plans were predicted worse, see docs/architecture.md
 _CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
 _CHANCE = 2.3e-4  # of a gain on held-out draws that is none: 3.5 standard errors; of 200 exchanges, one in twenty rounds
 
@@ -44,7 +45,7 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
 
     The parts alone are what the costs say. What their errors do to each other is ½(Σ s)² − ½Σ s² of the sketch, whose noise is
     that of the whole; it is believed by w = τ² / (τ² + its variance), with τ a twentieth of the parts' sum, or the interaction
-    itself where it stands out: layers that share an input, or undo each other, do more to each other. To the sum S of both
+    itself where it stands out from draws and samples: layers that undo each other do more to each other. To the sum S of both
     comes c·(S² − Σ of the parts' squares), see :data:`~aqnfx.planning.costs.EXCESS`.
     """
     chosen = costs.columns[list(rows)]
@@ -57,8 +58,9 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     # Few draws hardly know their own variance: half of it is what the noise of the whole would make.
     found = float(per_draw.var(axis=0, ddof=1).sum() / draws) if draws > 1 else float(noise) ** 2
     variance = (found + float(noise) ** 2) / 2.0
-    clear = float(student_t.isf(0.023, max(n * (draws - 1) / 2.0, 1.0)))
-    prior = max((_USUAL * additive) ** 2, cross**2 - (clear**2) * variance)
+    # One sample in which everything meets would look like an interaction of the whole; such a one differs from the others.
+    spread = max(variance, float(per_draw.mean(axis=0).var(ddof=1)) * n) if n > 1 else math.inf
+    prior = max((_USUAL * additive) ** 2, cross**2 - _CLEAR**2 * spread)
     believed = prior / (prior + variance) if variance > 0.0 else 1.0
     second = max(additive + believed * cross, 0.0)
     alone = float(np.square(costs.kl[list(rows)]).sum())

@@ -67,8 +67,9 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
         " which versions, and how they were run) choose from the same samples. Of each: the median KL over seeds, how much less"
         " (-) or more (+) ours is, over seeds from the least to the largest, and the seeds in which the paired 95 % interval of"
         " the difference says that ours is better (>) and worse (<). All: the difference and its interval with the KL of each"
-        " held-out sample averaged over the plans of all seeds. Predicted: ratio of predicted to measured KL of our plan"
-        " on the samples that chose it.", "",
+        " held-out sample averaged over the plans of all seeds: of these plans on other samples; of seeds: the interval of the"
+        " mean difference of single seeds (Student's t), which holds that other seeds choose other plans. Predicted:"
+        " ratio of predicted to measured KL of our plan on the samples that chose it.", "",
         f"| model | menu | bits | ours | predicted | {' | '.join(_RIVALS.values())} |",
         f"|---|---|---:|---:|---:|{'---|' * len(_RIVALS)}",
     ]  # fmt: skip
@@ -87,6 +88,9 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
             )
             if all_seeds := together.get(name):
                 words += f"; all: {all_seeds['share']:+.1%} [{all_seeds['low']:+.1%}, {all_seeds['high']:+.1%}]"
+                if all_seeds["seeds"] is not None:
+                    low, high = all_seeds["seeds"]
+                    words += f", of seeds [{low:+.1%}, {high:+.1%}]"
             cells.append(words)
         lines.append(
             f"{head} {median(row['plans']['ours']['kl'] for row in cell):.4f} | {min(ratios):.2f} to {max(ratios):.2f} |"

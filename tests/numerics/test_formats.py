@@ -104,6 +104,15 @@ def test_shapes_and_dtypes_are_kept_and_finite_stays_finite(name: str, shape: tu
             assert bool(quantize(wide, fmt, channel_dim=-1).isfinite().all())
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_values_with_a_gradient_are_stored_and_lose_it(name: str) -> None:
+    x = torch.randn(4, 37, requires_grad=True)
+    found = quantize(x, parse_format(name))
+    assert not found.requires_grad
+    assert found.is_contiguous()
+    assert torch.equal(found, quantize(x.detach(), parse_format(name)))
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3", "mxint8", "nvfp4", "int4:g32", "fp8_e4m3:row"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_a_group_with_a_value_that_is_not_finite_is_nan_and_no_other(name: str, value: float) -> None:

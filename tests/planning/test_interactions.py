@@ -28,7 +28,7 @@ def test_errors_that_cancel_and_errors_that_add() -> None:
     costs = made(np.concatenate([base, -base, base]))
     one = plan_kl(costs, [0]).kl
     assert plan_kl(costs, [0, 1]).kl < 0.1 * one
-    assert plan_kl(costs, [0, 2]).kl == pytest.approx(4.0 * one, rel=0.03)
+    assert plan_kl(costs, [0, 2]).kl == pytest.approx(4.0 * one, rel=0.05)
     assert plan_kl(costs, [0, 2]).additive == pytest.approx(2.0 * one)
 
 
