@@ -548,6 +548,22 @@ def test_lowered_programs_give_the_same_numbers_at_every_length(form):
     assert [site for site, hits in lowered.controls.hits().items() if hits] == [".:matmul:0:key"]
 
 
+@pytest.mark.parametrize("form", ["mxfp4", "fp8_e4m3", "int4:asym"])
+def test_lowered_programs_compile_where_gradients_are_enabled(form):
+    """Arithmetic that goes on in place must not overwrite what autograd has kept; through rounding there is no gradient."""
+    program = traced(seeded(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))), 3, WIDTH)
+    lowered = LowerOps()(insert(program, f'where="modules:0,roles:input|weight" format={form}'))
+    x = torch.randn(3, WIDTH, generator=generator())
+    assert torch.is_grad_enabled()
+    found = torch.compile(lowered.module, backend="aot_eager", fullgraph=True)(x)
+    expected = lowered(x)
+    assert torch.equal(found[0] if isinstance(found, (tuple, list)) else found, expected)
+    expected.sum().backward()
+    weights = dict(program.module.named_parameters())
+    assert weights["1.weight"].grad is not None
+    assert weights["0.weight"].grad is None
+
+
 class Viewed(nn.Module):
     """Two layers of attention whose heads are joined by a view, as the layout of the fused kernel allows."""
 

@@ -98,6 +98,13 @@ def test_elements_are_squared_one_by_one(net, tagged, role, monkeypatch):
     np.testing.assert_allclose(0.5 * np.mean(found, 0), expected.numpy(), rtol=1e-7, atol=1e-18)
 
 
+def test_scored_programs_run_in_inference_mode(tagged):
+    scored = Pipeline.parse('insert-score{where="ops:linear,roles:input" samples=4 perturb="int3:g2"}')(tagged)
+    with torch.inference_mode():
+        x = points().x.double()
+        assert torch.equal(scored(x=x), tagged(x=x))
+
+
 def test_elements_need_a_declared_perturbation(tagged):
     with pytest.raises(PassError, match="elements=true is about declared perturbations"):
         Pipeline.parse('insert-score{where="ops:linear" elements=true}')(tagged)
