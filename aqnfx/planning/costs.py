@@ -71,7 +71,7 @@ class Costs:
     alone on these samples: predicted, or measured where ``measured`` (options,) says so. ``noise`` (options,) is the standard
     error of the prediction that the draws make; ``unbiased`` and ``elementwise`` (options,) the two estimates that it is made
     of, ``spread`` the standard deviation of the log of the second around the truth, ``truncation`` that of what second order
-    leaves out, per √KL. ``excess`` is what plans cost beyond second order.
+    leaves out, per √KL. ``excess`` is what plans cost beyond second order. ``joint``: some option stores more than a weight.
     """
 
     index: Mapping[tuple[str, str], int]
@@ -85,6 +85,7 @@ class Costs:
     measured: NDArray[np.bool_]
     truncation: float = TRUNCATION
     excess: Excess = Excess()
+    joint: bool = False
 
     @property
     def se(self) -> Array:
@@ -120,11 +121,12 @@ def costs(found: Predictions, parts: Sequence[Part], options: Mapping[str, Seque
         starts = np.array(found.offsets)
         sketch, per_sample = np.add.reduceat(sketch, starts, axis=-1), np.add.reduceat(per_sample, starts)
     tokens, shape = int(per_sample.sum()), sketch.shape[2:]
-    columns, squares = [], []
+    columns, squares, joint = [], [], False
     for part in parts:
         for choice in options[part.module]:
             index[part.module, choice.text] = len(index)
             pairs = [(rows[site], names[name]) for site, name in part.formats(choice)]
+            joint |= part.cache or len(pairs) > 1
             columns.append(sum((sketch[row, name] for row, name in pairs), np.zeros(shape)))
             squares.append(sum(float(found.elements[row, name].sum()) for row, name in pairs))
     table = np.stack(columns)
@@ -133,6 +135,7 @@ def costs(found: Predictions, parts: Sequence[Part], options: Mapping[str, Seque
     return Costs(
         index=index, columns=table, per_sample=per_sample.astype(np.float64), kl=kl, noise=noise,
         unbiased=mean_square(table, tokens), elementwise=elementwise, spread=spread, measured=np.zeros(len(kl), dtype=bool),
+        joint=joint,
     )  # fmt: skip
 
 

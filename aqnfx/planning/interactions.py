@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 Fits = Callable[[tuple[int, ...]], bool]
 
 _USUAL = 0.05  # interactions of a whole plan, as a share of its parts, where nothing says otherwise
+_USUAL_JOINT = 0.1  # where inputs or caches are stored too: for errors; what is believed at it would be mostly noise
 _CLEAR = 4.0  # standard errors from which an interaction stands out; at 2 plans were predicted worse, see docs/architecture.md
 _CANDIDATES = 200  # exchanges that are looked at in a round; those of larger gain come first
 _CHANCE = 2.3e-4  # of a gain on held-out draws that is none: 3.5 standard errors; of 200 exchanges, one in twenty rounds
@@ -68,7 +69,9 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     pairs = max(second**2 - alone, 0.0)
     more = costs.excess.of(second, pairs)
     bent = 1.0 + 2.0 * more / second if second > 0.0 else 1.0  # by how much errors of S grow
-    error = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + (believed * variance if len(rows) > 1 else 0.0)))
+    left = max(prior, (_USUAL_JOINT * additive) ** 2) if costs.joint else prior
+    unsure = left / (left + variance) * variance if variance > 0.0 and len(rows) > 1 else 0.0
+    error = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + unsure))
     unknown = min(costs.excess.se * pairs, second) if pairs > 0.0 else 0.0
     # Plans scatter around the excess as they scattered where it was fitted; a part alone has none.
     scatter = APART * second * (pairs / second**2) if second > 0.0 else 0.0

@@ -61,6 +61,25 @@ def test_interactions_that_are_noise_are_hardly_believed() -> None:
     assert abs(np.mean(off)) < 0.02
 
 
+def test_plans_of_inputs_are_less_sure_and_predicted_alike() -> None:
+    weights = made(np.random.default_rng(1).normal(size=(20, 4, 16)))
+    joint = dataclasses.replace(weights, joint=True)
+    assert plan_kl(joint, range(20)).kl == plan_kl(weights, range(20)).kl
+    assert plan_kl(joint, range(20)).se_here > 1.2 * plan_kl(weights, range(20)).se_here
+    assert plan_kl(joint, [0]).se_here == plan_kl(weights, [0]).se_here
+
+
+def test_one_sample_where_all_meet_is_no_interaction() -> None:
+    """All errors add up in one sample of sixteen, in every draw: this says nothing of the others."""
+    columns = 0.1 * np.random.default_rng(2).normal(size=(20, 4, 16))
+    columns[:, :, 3] = 2.0
+    found = plan_kl(made(columns), range(20))
+    assert found.second_order < 3.0 * found.additive
+    columns[:] = 2.0  # in all samples
+    found = plan_kl(made(columns), range(20))
+    assert found.second_order > 19.0 * found.additive
+
+
 def test_standard_errors_cover_other_draws_and_other_samples() -> None:
     random, tokens = np.random.default_rng(1), TOKENS.sum()
     scale = random.gamma(0.5, 2.0, size=16 * 500)  # samples differ widely
