@@ -81,6 +81,9 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
             if not found:
                 cells.append("—")
                 continue
+            if not any(f["share"] for f in found):
+                cells.append(f"{median(f['kl'] for f in found):.4f}; the same in all {len(found)} seeds")
+                continue
             better, worse = sum(f["high"] < 0 for f in found), sum(f["low"] > 0 for f in found)
             words = (
                 f"{median(f['kl'] for f in found):.4f}; {min(f['share'] for f in found):+.1%} to"
