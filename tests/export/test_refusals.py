@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from aqnfx.cli.main import main
 from aqnfx.errors import AqnfxError, InputError
 from aqnfx.export.codes import encode
 from aqnfx.export.job import open_plan
@@ -115,19 +116,23 @@ def test_codes_that_are_not_the_plan_are_never_written(monkeypatch: pytest.Monke
         encode(torch.randn(4, 32), parse_format("int8:row"))
 
 
-def test_the_command_line(case: Case, tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "aqnfx.cli.main", "export", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-
+def test_the_command_line(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = case.write({DOWN: {"weight": "int8:row"}})
-    done = run(str(plan), "--to", "torchao", "--out", "out")
+    command = [sys.executable, "-m", "aqnfx.cli.main", "export", str(plan), "--to", "torchao", "--out", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "bytes stored" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
-    done = run(str(plan), "--to", "torchoa", "--out", "other")
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-    assert "did you mean 'torchao'" in done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["aqnfx", "export", str(plan), "--to", "torchoa", "--out", "other"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err.count("\n"), out) == (2, 1, "")
+    assert "did you mean 'torchao'" in err
     assert not (tmp_path / "other").exists()
 
 

@@ -324,15 +324,6 @@ quiet = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.slow
-@quiet
-def test_ray_gives_what_one_process_gives(cluster: Any, directory: Path, alone: Measurements) -> None:
-    setup = Setup(directory, executor="ray", workers=2)
-    with executor_for(setup.recipe, setup.program, setup.options) as executor:
-        assert same(setup.measure(executor), alone)
-    assert cluster.is_initialized()  # it was not this executor that started it
-
-
 class Deadly:
     """Makes workers of which one is killed in its second unit, the first time."""
 
@@ -356,7 +347,7 @@ class Deadly:
 
 @pytest.mark.slow
 @quiet
-def test_a_killed_ray_worker_is_replaced(
+def test_ray_gives_what_one_process_gives_and_replaces_a_killed_worker(
     cluster: Any, directory: Path, alone: Measurements, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from aqnfx.probes.ray_executor import RayExecutor, identity_of
@@ -364,9 +355,10 @@ def test_a_killed_ray_worker_is_replaced(
     setup = Setup(directory, executor="ray", workers=2)
     identity = identity_of(setup.program)
     mark = tmp_path / "killed"
-    executor = RayExecutor(Deadly(setup.recipe, mark), identity=identity, workers=2)
-    assert same(setup.measure(executor), alone)
+    with executor_for(Deadly(setup.recipe, mark), setup.program, setup.options) as executor:  # type: ignore[arg-type]
+        assert same(setup.measure(executor), alone)
     assert mark.exists()
+    assert cluster.is_initialized()  # it was not this executor that started it
 
     monkeypatch.setattr("aqnfx.probes.ray_executor.LOST", 0)
     hopeless = RayExecutor(Deadly(setup.recipe, mark, always=True), identity=identity, workers=1)
