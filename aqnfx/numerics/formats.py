@@ -338,6 +338,9 @@ KNOWN = (*_INTEGERS, *_FP8, *_MX, "nvfp4", *_PLAIN)
 _GROUPS = ("tensor", "channel", "row", "token", "none")
 
 
+_SHORT = {"fp8": "fp8_e4m3", "mxfp8": "mxfp8_e4m3"}
+
+
 def parse_format(text: str) -> Format:
     """Return the format that a text names; raises :class:`InputError` for any other text.
 
@@ -346,9 +349,11 @@ def parse_format(text: str) -> Format:
     the scale, ``:fp32`` or ``:bf16`` (symmetric blocks of integers have bf16 scales, as files and kernels store them; all
     others fp32: with a zero point a rounded scale would make a second rounding differ from the first); integers also
     ``:asym`` for a zero point, fp8 ``:none`` for no scale. ``mxfp8_e4m3``, ``mxfp8_e5m2``, ``mxfp6_e2m3``,
-    ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, ``nvfp4``, ``bf16``, ``fp16`` and ``tf32`` are whole as they stand.
+    ``mxfp6_e3m2``, ``mxfp4``, ``mxint8``, ``nvfp4``, ``bf16``, ``fp16`` and ``tf32`` are whole as they stand. ``fp8`` and
+    ``mxfp8`` alone are E4M3, as in the tools that write them.
     """
     base, *options = text.strip().lower().split(":")
+    base = _SHORT.get(base, base)
     if base not in KNOWN:
         raise InputError(f"unknown format {text!r}; known: {', '.join(KNOWN)}{nearest(base, KNOWN)}")
     if base in _PLAIN or base in _MX or base == "nvfp4":

@@ -238,7 +238,8 @@ def test_effective_bits() -> None:
 @pytest.mark.parametrize(
     ("text", "name"),
     [("INT4", "int4:row"), ("int8:token", "int8:row"), (" mxfp4 ", "mxfp4"), ("int4:asym:g32", "int4:g32:asym"),
-     ("int4:fp32:g32", "int4:g32:fp32"), ("int4:g32:bf16", "int4:g32"), ("int8:fp32", "int8:row")],
+     ("int4:fp32:g32", "int4:g32:fp32"), ("int4:g32:bf16", "int4:g32"), ("int8:fp32", "int8:row"),
+     ("fp8:tensor", "fp8_e4m3:tensor"), ("mxfp8", "mxfp8_e4m3")],
 )
 def test_names(text: str, name: str) -> None:
     assert parse_format(text).name == name

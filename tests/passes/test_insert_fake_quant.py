@@ -472,7 +472,7 @@ def test_a_range_may_be_one_point():
     ("options", "error", "message"),
     [
         ("format=int7", InputError, "unknown format 'int7'; known: .*did you mean 'int"),
-        ("gradient=fp8", InputError, "unknown format 'fp8'"),
+        ("gradient=fp9", InputError, "unknown format 'fp9'"),
         ('format=""', PassError, "insert-fake-quant: neither a format nor a gradient format was given; there is nothing to do"),
         ("where=ops:gelu", SelectorError, "insert-fake-quant: 'ops:gelu' matched 0 of 15 sites; the model has layers 0-0"),
         ('where="ops:silu,roles:weight"', SelectorError, "matched 0 of"),
