@@ -150,8 +150,7 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(y)
-        _, _, _, _, _, _, _, _, perturbations, channel_dim, _, masked, dim, _ = rest
-        ctx.rest = *rest, _shared(y, *perturbations, dim, channel_dim, masked) if perturbations else None
+        ctx.rest = rest
         return y
 
     @staticmethod
@@ -159,7 +158,7 @@ class _Score(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         with torch.no_grad():
             accumulate(grads[0], y, *ctx.rest)
-        return (grads[0] if ctx.needs_input_grad[0] else None, *(None,) * len(ctx.rest))
+        return (grads[0] if ctx.needs_input_grad[0] else None, None, *(None,) * len(ctx.rest))
 
 
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -182,8 +181,9 @@ def score(
     ``anchor`` is an empty tensor that requires gradient: with it the backward pass reaches every site without a gradient
     for any weight.
     """
+    changes = _shared(y, *perturbations, dim, channel_dim, masked) if perturbations else None
     result: Tensor = _Score.apply(  # type: ignore[no-untyped-call]
         y, anchor, run, hits, sequences, channels, sketch, index, batch, kind, perturbations, channel_dim, keep_zeros,
-        masked, dim, elements,
+        masked, dim, elements, changes,
     )  # fmt: skip
     return result

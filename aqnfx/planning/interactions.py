@@ -62,7 +62,7 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     # One sample in which everything meets would look like an interaction of the whole; such a one differs from the others.
     spread = max(variance, float(per_draw.mean(axis=0).var(ddof=1)) * n) if n > 1 else math.inf
     prior = max((_USUAL * additive) ** 2, cross**2 - _CLEAR**2 * spread)
-    believed = prior / (prior + variance) if variance > 0.0 else 1.0
+    believed = _weight(prior, variance)
     second = max(additive + believed * cross, 0.0)
     alone = float(np.square(costs.kl[list(rows)]).sum())
     # A part has nothing to meet its own error with, so its square is left out.
@@ -70,7 +70,7 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
     more = costs.excess.of(second, pairs)
     bent = 1.0 + 2.0 * more / second if second > 0.0 else 1.0  # by how much errors of S grow
     left = max(prior, (_USUAL_JOINT * additive) ** 2) if costs.joint else prior
-    unsure = left / (left + variance) * variance if variance > 0.0 and len(rows) > 1 else 0.0
+    unsure = _weight(left, variance) * variance if len(rows) > 1 else 0.0
     error = float(np.sqrt(np.square(costs.se[list(rows)]).sum() + unsure))
     unknown = min(costs.excess.se * pairs, second) if pairs > 0.0 else 0.0
     # Plans scatter around the excess as they scattered where it was fitted; a part alone has none.
@@ -84,6 +84,11 @@ def plan_kl(costs: Costs, rows: Sequence[int]) -> PlanKL:
         kl=second + more, se=math.hypot(here, bent * math.sqrt(max(float(among), 0.0))), se_here=here, additive=additive,
         second_order=second, second_order_se=error, pairs=pairs,
     )  # fmt: skip
+
+
+def _weight(prior: float, variance: float) -> float:
+    """Return how far a number with ``variance`` is believed that has the variance ``prior`` itself, around 0."""
+    return prior / (prior + variance) if variance > 0.0 else 1.0
 
 
 def kl_difference_error(costs: Costs, first: Sequence[int], second: Sequence[int]) -> float:
