@@ -1,6 +1,6 @@
 """Plans: predicted against measured costs, and measured KL of plans against those of brute force and of other tools.
 
-    python examples/bench/plan.py MODEL [MODEL ...] --data FILE [--parts costs,plans] [--menu NAME] [--rivals PYTHON]
+    python examples/bench/plan.py MODEL [MODEL ...] --data FILE [--parts costs,predictions,plans] [--menu NAME] [--rivals PYTHON]
                                   [--quick] [--out FILE]
 
 MODEL is a Hugging Face directory. "Brute force" measures every option by itself on the samples that choose, and solves the same
@@ -61,7 +61,8 @@ class Setting:
     """Samples that choose and that judge, their length, and the seeds: each takes other samples and other draws.
 
     ``cost_draws`` are those of the part on costs; plans take the default, ``draws``. ``timed``: seeds whose choice is run once
-    more in a process of its own, for time and memory. ``run``: of the seeds those that plans are made for.
+    more in a process of its own, for time and memory. ``run``: of the seeds those that plans are made for. ``sets``: disjoint
+    sets of samples for the part on predictions.
     """
 
     samples: int = 32
@@ -74,9 +75,12 @@ class Setting:
     run: int = 5
     menus: tuple[str, ...] = tuple(MENUS)
     every: int = 1
+    sets: int = 12
 
 
-QUICK = Setting(samples=4, held=4, length=32, draws=2, cost_draws=2, timed=(0,), seeds=(0,), menus=("int4, int8",), every=12)
+QUICK = Setting(
+    samples=4, held=4, length=32, draws=2, cost_draws=2, timed=(0,), seeds=(0,), menus=("int4, int8",), every=12, sets=1
+)
 
 
 def made_ready(model: str, data: Path, setting: Setting) -> Prepared:
@@ -201,6 +205,37 @@ def plans(
     return found, together
 
 
+def predictions(ready: Prepared, setting: Setting) -> dict[str, Any]:
+    """Return, per menu, how near predicted KL of plans comes to measured, over disjoint sets of samples that choose.
+
+    ``within``: share within 15 %; ``covered``: share of 95 % intervals that hold the measured KL on the samples that chose.
+    """
+    found = {}
+    for menu in setting.menus:
+        formats, budgets = MENUS[menu]
+        logs, inside = [], []
+        for first in range(0, setting.sets * setting.samples, setting.samples):
+            options = options_for(formats, setting, seed=first // setting.samples, modules=BODY)
+            problem = make_problem(ready.program, options)
+            batches = batches_of(ready, options, first, first + setting.samples)
+            scored, evaluator = score_options(ready.program, problem, batches, options), Evaluator.of(ready.program, batches)
+            for bits in budgets:
+                asked = dataclasses.replace(options, avg_bits=bits)
+                checked = check_options(evaluator, scored, asked)
+                settled = settle(evaluator, checked, asked, choose(checked, asked)[0])
+                table = zip(problem.rows(checked.costs.index), settled.chosen, strict=True)
+                plan = plan_kl(checked.costs, [row for group, option in table for row in group[option]])
+                logs.append(float(np.log(plan.kl / settled.kl)))
+                inside.append(abs(plan.kl - settled.kl) < 1.96 * plan.se_here)
+        error = np.exp(np.array(logs)) - 1.0
+        found[menu] = {
+            "plans": len(logs), "mean_log": float(np.mean(logs)), "spread": float(np.std(logs)),
+            "within": float((np.abs(error) < 0.15).mean()), "covered": float(np.mean(inside)),
+        }  # fmt: skip
+        print(f"{menu}: {found[menu]}", flush=True)
+    return found
+
+
 def rivals(
     python: str, model: str, menu: str, budgets: tuple[float, ...], seed: int, batches: list[Batch]
 ) -> list[dict[str, Any]]:
@@ -319,7 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--parts", default="costs,plans")
+    parser.add_argument("--parts", default="costs,predictions,plans")
     parser.add_argument("--menu", action="append", choices=tuple(MENUS), help="one of the menus (default: all)")
     parser.add_argument("--rivals", default=None, help="interpreter of an environment with other tools, see rivals.py")
     parser.add_argument("--seeds", type=int, default=5, help="plans for the first so many of five seeds")
@@ -339,6 +374,8 @@ def main() -> None:
             for name, row in found["formats"].items():
                 print(f"  {name:14} Spearman {row['spearman']:.4f}, ratio {row['median_ratio']:.3f},",
                       f"coverage {row['coverage']:.3f} of {row['covered_of']}")  # fmt: skip
+        if "predictions" in arguments.parts:
+            entry["predictions"] = entry.get("predictions", {}) | predictions(ready, setting)
         if "plans" in arguments.parts:
             entry["held"] = setting.held
             for name, rows in zip(
