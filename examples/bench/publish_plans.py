@@ -33,7 +33,7 @@ def plan(record: dict[str, Any]) -> str:
                     f" {row['covered_of']} | {row['spread_predicted']:.3f} | {row['spread_unbiased']:.3f} |"
                     f" {row['spread_elementwise']:.3f} |"
                 )
-    lines += ["", *_plans_against(record), "", *_plan_spending(record)]
+    lines += ["", *_plans_against(record), "", *_plan_predictions(record), "", *_plan_spending(record)]
     return "\n".join(lines)
 
 
@@ -99,6 +99,22 @@ def _plans_against(record: dict[str, Any]) -> list[str]:
             f"{head} {median(row['plans']['ours']['kl'] for row in cell):.4f} | {min(ratios):.2f} to {max(ratios):.2f} |"
             f" {' | '.join(cells)} |"
         )
+    return lines
+
+
+def _plan_predictions(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Predicted against measured KL of our plans at all budgets, from disjoint sets of {record['setting']['samples']} samples"
+        " (`--parts predictions`): mean and standard deviation of log(predicted / measured), share within 15 %, and share of 95 %"
+        " intervals that hold the measured KL.", "",
+        "| model | menu | plans | mean | spread | within 15 % | covered |", "|---|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for model, entry in record["models"].items():
+        for menu, found in entry.get("predictions", {}).items():
+            lines.append(
+                f"| {model} | {menu} | {found['plans']} | {found['mean_log']:+.3f} | {found['spread']:.3f} |"
+                f" {found['within']:.0%} | {found['covered']:.0%} |"
+            )
     return lines
 
 
