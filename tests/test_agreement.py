@@ -24,7 +24,7 @@ from torch import nn
 
 from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.sensitivity import level_key
-from aqnfx.graph.frontend import load_model
+from aqnfx.graph.loading import load_model
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.samples import load_tokenizer
 

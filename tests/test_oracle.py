@@ -15,7 +15,7 @@ from torch import nn
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.graph.frontend import load_model
+from aqnfx.graph.loading import load_model
 from aqnfx.probes.samples import load_samples, load_tokenizer
 
 LEVEL, SAMPLES, LENGTH, SEEDS, SITES = 0.1, 16, 64, 3, 8

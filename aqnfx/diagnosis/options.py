@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from aqnfx.errors import InputError, nearest
-from aqnfx.graph.frontend import SPREAD
+from aqnfx.graph.loading import SPREAD
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import parse_format
 from aqnfx.numerics.noise import NoiseKind

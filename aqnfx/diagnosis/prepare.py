@@ -16,7 +16,8 @@ from torch import nn
 from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.controls import device_of
-from aqnfx.graph.frontend import EMBEDDED, SPREAD, load_model, trace
+from aqnfx.graph.frontend import trace
+from aqnfx.graph.loading import EMBEDDED, SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size

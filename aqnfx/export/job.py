@@ -14,7 +14,8 @@ from torch import nn
 from aqnfx.data import embedded_model
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, assigned_sites
-from aqnfx.graph.frontend import EMBEDDED, load_model, trace
+from aqnfx.graph.frontend import trace
+from aqnfx.graph.loading import EMBEDDED, load_model
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.passes.pipeline import Pipeline

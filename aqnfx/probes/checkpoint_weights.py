@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aqnfx.errors import ModelError, printable
-from aqnfx.probes.checkpoint_files import Entry, header_digest, model_directory, read_config, read_entries
+from aqnfx.graph.checkpoint_files import Entry, header_digest, model_directory, read_config, read_entries
 
 CHUNK = 1 << 19
 """Values of a chunk: what eager temporaries keep near the core (measured: half as fast at 2^22), and enough for a kernel."""

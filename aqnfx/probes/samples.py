@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aqnfx.errors import InputError, ModelError
-from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.loading import EMBEDDED
 from aqnfx.probes.data import DataWarning, Encoded, Example, encode, load_examples
 from aqnfx.probes.examples import example_from_record
 from aqnfx.probes.tasks import ANSWERED

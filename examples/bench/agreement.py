@@ -33,7 +33,7 @@ from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.graph.edit import control_buffer
-from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.loading import EMBEDDED
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import eager_forward

@@ -22,7 +22,8 @@ from aqnfx.data import embedded_model, embedded_problems
 from aqnfx.export.job import Job
 from aqnfx.export.targets import TARGETS
 from aqnfx.graph.assignments import Assignment
-from aqnfx.graph.frontend import load_model, model_digest
+from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.loading import load_model
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json
 

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from aqnfx import Pipeline, Program
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
-from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.loading import EMBEDDED
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import E2M1, E4M3, parse_format, quantize, relative_error, round_element
 from aqnfx.probes.forward import compiled_forward, eager_forward

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aqnfx.data import embedded_problems
-from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.loading import EMBEDDED
 from aqnfx.probes.data import load_examples
 from aqnfx.probes.samples import load_tokenizer
 

@@ -28,7 +28,7 @@ from aqnfx import Pipeline, Program, trace
 from aqnfx.cli.session import keep_freed_memory
 from aqnfx.data import embedded_problems
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.graph.frontend import load_model
+from aqnfx.graph.loading import load_model
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.data import Batch, by_length, make_batches

@@ -43,7 +43,7 @@ def scores(smap: Any) -> dict[str, Any]:
 
 
 def test_every_way_in_gives_the_same_map(directory: Path, record: dict[str, Any], tmp_path: Path) -> None:
-    module: Any = aqnfx.graph.frontend.load_model(str(directory))
+    module: Any = aqnfx.graph.loading.load_model(str(directory))
     program = aqnfx.trace(module)
     file = save_text(tmp_path / "t.jsonl", copies=2)
     assert scores(aqnfx.diagnose(str(directory), file, **QUICK)) == record

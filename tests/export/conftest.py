@@ -13,7 +13,8 @@ from torch import Tensor
 import aqnfx
 from aqnfx.export.job import Job
 from aqnfx.graph.assignments import Assignment
-from aqnfx.graph.frontend import load_model, model_digest
+from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.reporting.artifacts import write_json

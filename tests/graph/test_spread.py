@@ -13,7 +13,7 @@ import aqnfx
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.options import Options
 from aqnfx.errors import InputError, ModelError, TraceError
-from aqnfx.graph.frontend import load_model
+from aqnfx.graph.loading import load_model
 from aqnfx.probes.compile_choice import what_to_compile
 from tests.cli.tiny import TEXT, save_model
 from tests.families import build, inputs

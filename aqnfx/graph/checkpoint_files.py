@@ -12,7 +12,7 @@ from typing import Any
 
 from aqnfx.data import embedded_model
 from aqnfx.errors import ModelError
-from aqnfx.graph.frontend import EMBEDDED
+from aqnfx.graph.loading import EMBEDDED
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
