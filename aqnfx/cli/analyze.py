@@ -22,22 +22,22 @@ def command(
     import warnings
     from contextlib import nullcontext
 
-    from rich.console import Console
-
-    from aqnfx.cli.session import output_directory
+    from aqnfx.cli.places import check_files_in, output_directory
+    from aqnfx.cli.terminal import Terminal
     from aqnfx.diagnosis.analysis import analyze
-    from aqnfx.reporting.analysis import print_analysis, save_analysis
+    from aqnfx.reporting.analysis import FILES, print_analysis, save_analysis
     from aqnfx.reporting.report import load_map
 
     warnings.filterwarnings("ignore", module="torch|transformers")
-    console = Console(stderr=json_output)
+    console = Terminal(stderr=json_output)
     smap = load_map(map) if map is not None else None  # before the model is traced: a bad file fails at once
+    check_files_in(out, FILES.values(), {"--map": map})
     with output_directory(out), console.status("tracing", spinner="line") if console.is_terminal else nullcontext():
         found = analyze(model, smap, batch=batch, tokens=tokens, balance=balance, top=top)
-    paths = save_analysis(found, out) if out is not None else {}
+        paths = save_analysis(found, out) if out is not None else {}
     if json_output:
         print(json.dumps(found.to_record()))
         return
     print_analysis(found, console)
     if paths:
-        console.print(f"\nPicture: {paths['svg']}", soft_wrap=True, markup=False)
+        console.print(f"\nPicture: {paths['svg']}", soft_wrap=True)

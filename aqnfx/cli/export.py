@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -22,21 +23,23 @@ def command(
     import json
     import warnings
 
-    from rich.console import Console
-
+    from aqnfx.cli.places import check_outputs
     from aqnfx.cli.session import keep_freed_memory
+    from aqnfx.cli.terminal import Terminal
     from aqnfx.export.targets import export_plan
 
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers|compressed_tensors")
     given = {name: value for name, value in {"dtype": dtype, "pipeline": pipeline}.items() if value is not None}
+    if not os.path.isdir(out):  # a folder that is not empty is refused by the export
+        check_outputs([out], {"the plan": plan}, model=model)
     found = export_plan(plan, to, out, model=model, **given)
     if json_output:
         print(json.dumps(found.to_record()))
         return
-    console = Console()
-    console.print(f"{found.target}: {found.path}", soft_wrap=True, markup=False)
+    console = Terminal()
+    console.print(f"{found.target}: {found.path}", soft_wrap=True)
     if found.stored_bytes is not None and found.planned_bytes is not None:
-        console.print(f"planned weights: {found.stored_bytes:,} bytes stored, {found.planned_bytes:,} planned", markup=False)
+        console.print(f"planned weights: {found.stored_bytes:,} bytes stored, {found.planned_bytes:,} planned")
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
 
 import typer
 
-from aqnfx.cli import analyze, demo, diagnose, env, export, opt, plan, scan, trace
-from aqnfx.errors import AqnfxError, printable
-
-# Typer exports no name for the base of its usage errors, and where it lives differs between versions.
-_UsageError: Any = typer.BadParameter.__mro__[1]
+from aqnfx.cli import analyze, boundary, demo, diagnose, env, export, opt, plan, scan, trace
 
 app = typer.Typer(
     name="aqnfx",
     help="Find out what noise does to a neural network: which layers and operators are fragile, with error bars.",
+    epilog=boundary.EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,27 +47,15 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exits 0 on success, 2 on bad input, 130 when interrupted."""
-    try:
-        code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except _UsageError as error:
-        if len(sys.argv) <= 1:  # no command: the help, not a complaint
-            error.show()
-        else:
-            print(f"aqnfx: {' '.join(error.format_message().split()).rstrip('.')}; see aqnfx --help", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except AqnfxError as error:
-        if os.environ.get("AQNFX_DEBUG"):
-            raise
-        print(f"aqnfx: {printable(' '.join(str(error).splitlines()[:1]))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("aqnfx: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    """Run the command line and exit with one of :class:`~aqnfx.cli.boundary.Code`."""
+    sys.exit(boundary.run(_invoke))
+
+
+def _invoke() -> None:
+    """Parse and run; Click's own runner is left out, which ends closed pipes and interruptions in its way."""
+    command = typer.main.get_command(app)
+    with command.make_context("aqnfx", sys.argv[1:]) as context:
+        command.invoke(context)
 
 
 if __name__ == "__main__":

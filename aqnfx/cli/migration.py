@@ -12,9 +12,9 @@ def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None
     from contextlib import nullcontext
 
     import torch
-    from rich.console import Console
 
-    from aqnfx.cli.session import output_directory
+    from aqnfx.cli.places import output_directory
+    from aqnfx.cli.terminal import Terminal
     from aqnfx.diagnosis.mapped import as_probed
     from aqnfx.diagnosis.options import DTYPES
     from aqnfx.graph.frontend import trace
@@ -28,7 +28,7 @@ def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None
     smap = load_map(map)  # before the model is traced: a bad file fails at once
     errors = None if divergences is None else parse_divergences(read_json(divergences), str(divergences))
     warnings.filterwarnings("ignore", module="torch|transformers")
-    console = Console(stderr=json_output)
+    console = Terminal(stderr=json_output)
     directory = out.parent if out is not None else None
     with output_directory(directory), console.status("tracing") if console.is_terminal else nullcontext():
         # In the dtype of the map: its digest of the weights is over their bytes.
@@ -42,4 +42,4 @@ def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None
         return
     print_migration(record, console)
     if paths:
-        console.print(f"\nList: {paths['migration']}\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
+        console.print(f"\nList: {paths['migration']}\nReport: {paths['markdown']}", soft_wrap=True)

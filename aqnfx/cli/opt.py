@@ -14,18 +14,23 @@ def command(
     out: Path = typer.Option(None, "--out", help="Write the rewritten graph's text to this file."),
 ) -> None:
     """Run graph passes on a model, like mlir-opt: every step is verified, and shown with what it changed."""
+    from aqnfx.cli.places import check_outputs, output_directory
+    from aqnfx.errors import printable
     from aqnfx.graph.frontend import trace
     from aqnfx.passes.pipeline import Pipeline
     from aqnfx.reporting.artifacts import write_text
 
     parsed = Pipeline.parse(pipeline)  # a typing error should not cost a trace
-    program = parsed(trace(model))
-    text = program.render(tags=True)
     if out is not None:
-        write_text(out, text)
+        check_outputs([out], {}, model=model)
+    with output_directory(out.parent if out is not None else None):
+        program = parsed(trace(model))
+        text = program.render(tags=True)
+        if out is not None:
+            write_text(out, text)
     if print_graph:
-        print(text, end="")
+        print("\n".join(map(printable, text.split("\n"))), end="")
     for step in program.history:
         changes = ", ".join(f"{n:+d} {name}" for name, n in step.op_diff.items()) or "no change in operations"
-        print(f"# {step.spec}: {changes} ({step.seconds:.2f} s)")
+        print(f"# {printable(str(step.spec))}: {changes} ({step.seconds:.2f} s)")
     print(f"# fingerprint {program.fingerprint[:16]}")

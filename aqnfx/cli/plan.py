@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +61,10 @@ def command(
     import json
     import warnings
 
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from aqnfx.cli.migration import migrate
-    from aqnfx.cli.session import keep_freed_memory, output_directory
+    from aqnfx.cli.places import check_outputs, output_directory
+    from aqnfx.cli.session import keep_freed_memory
+    from aqnfx.cli.terminal import Terminal, progress_bar
     from aqnfx.planning.options import PlanOptions, parse_latency, parse_pairs
     from aqnfx.planning.planner import plan
     from aqnfx.planning.threshold import FORMATS, threshold_plan
@@ -80,11 +73,15 @@ def command(
     from aqnfx.reporting.report import load_map
 
     _check_together(context, rule=rule, migration=migration, map=map, data=data, divergences=divergences)
-    if out is not None and out.is_dir():
+    if out is not None and os.path.isdir(out):
         name = "migration.json" if migration else "plan.json"
         raise InputError(f"--out {out} is a directory; name a file, such as {out / name}")
     if out is not None and out.suffix in (".md", ".svg"):
         raise InputError(f"--out {out} is where the report or its picture goes; name the JSON file: {out.with_suffix('.json')}")
+    if out is not None:
+        beside = [out.with_suffix(".md"), *([out.with_suffix(".svg")] if pareto else [])]
+        read = {"--data": data, "--map": map, "--divergences": divergences, "--latency-table": latency_table}
+        check_outputs([out, *beside], read, model=model)
     if migration:
         migrate(model, map, divergences, out=out, json_output=json_output)
         return
@@ -105,12 +102,8 @@ def command(
         del options["rule"]  # is what is called
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers")
-    console = Console(stderr=json_output)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )  # fmt: skip
-    bars = Progress(*columns, console=console, transient=not console.is_terminal, disable=not console.is_terminal)
+    console = Terminal(stderr=json_output)
+    bars = progress_bar(console, transient=not console.is_terminal)
     with output_directory(out.parent if out is not None else None), bars as bar:
         shown = bar.add_task("starting", total=None)
         options |= {
@@ -124,13 +117,13 @@ def command(
                 found = plan(model, data, smap=smap, **options)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; a plan is written as a whole, so there is nothing to resume") from error
-    paths = save_plan(found, out) if out is not None else {}
+        paths = save_plan(found, out) if out is not None else {}
     if json_output:
         print(json.dumps(found.to_record()))
         return
     print_plan(found, console)
     if paths:
-        console.print(f"\nPlan: {paths['plan']}\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
+        console.print(f"\nPlan: {paths['plan']}\nReport: {paths['markdown']}", soft_wrap=True)
 
 
 _OF_MIGRATION = ("model", "map", "migration", "divergences", "out", "json_output")
@@ -140,6 +133,7 @@ def _check_together(
     context: typer.Context, *, rule: str, migration: bool, map: Path | None, data: Path | None, divergences: Path | None
 ) -> None:
     """Refuse what has no meaning together: a flag that would be read by nothing hides a mistake."""
+    from aqnfx.cli.session import check_data
     from aqnfx.planning.options import RULES
 
     flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
@@ -159,8 +153,8 @@ def _check_together(
         raise InputError("--thresholds is for --rule threshold")
     if data is None and (map is None or rule == "optimal") and not migration:
         raise InputError("a plan under a budget needs --data FILE")
-    if data is not None and not data.exists():
-        raise InputError(f"data file {data} does not exist")
+    if data is not None:
+        check_data(data)
 
 
 def _pair(text: str) -> tuple[float, ...]:

@@ -28,22 +28,14 @@ def command(
     import json
     import warnings
 
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from aqnfx.cli.session import keep_freed_memory, output_directory
+    from aqnfx.cli.places import check_files_in, output_directory
+    from aqnfx.cli.session import check_data, keep_freed_memory
+    from aqnfx.cli.terminal import Terminal, progress_bar
     from aqnfx.diagnosis.scan import scan
-    from aqnfx.reporting.scan import print_scan, save_scan
+    from aqnfx.reporting.scan import FILES, print_scan, save_scan
 
     keep_freed_memory()
-    console = Console(stderr=json_output)
+    console = Terminal(stderr=json_output)
     about_data: dict[str, Any] = dict(
         samples=samples, batch_size=batch_size, max_length=max_length, text_field=text_field, device=device, dtype=dtype
     )
@@ -51,15 +43,11 @@ def command(
     if data is None and given:
         raise InputError(f"--{next(iter(given)).replace('_', '-')} is about data, and there is none; add --data FILE")
     if data is not None:
-        if not data.exists():
-            raise InputError(f"data file {data} does not exist")
+        check_data(data)
         given = {"data": data, "samples": 32, "batch_size": 8, **given}
         warnings.filterwarnings("ignore", module="torch|transformers")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )  # fmt: skip
-    with output_directory(out), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    check_files_in(out, FILES.values(), {"--data": data})
+    with output_directory(out), progress_bar(console) as bar:
         task = bar.add_task("scanning", total=None)
         try:
             found = scan(
@@ -68,10 +56,10 @@ def command(
             )  # fmt: skip
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; a scan is written as a whole, so there is nothing to resume") from error
-    paths = save_scan(found, out) if out is not None else {}
+        paths = save_scan(found, out) if out is not None else {}
     if json_output:
         print(json.dumps(found.to_record()))
         return
     print_scan(found, console)
     if paths:
-        console.print(f"\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
+        console.print(f"\nReport: {paths['markdown']}", soft_wrap=True)

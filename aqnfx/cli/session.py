@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from aqnfx.cli.boundary import Code
+from aqnfx.cli.places import check_files_in, claimed_directory
+from aqnfx.cli.terminal import Terminal, progress_bar
 from aqnfx.errors import InputError, Interrupted
-from aqnfx.reporting.artifacts import check_output_dir
+
+if TYPE_CHECKING:
+    from aqnfx.diagnosis.sensitivity import SensitivityMap
 
 JOURNAL = "journal.jsonl"
-INTERRUPTED, TERMINATED = 130, 143
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -29,35 +29,56 @@ def run_session(
 ) -> None:
     """Diagnose ``model`` on ``data`` and write the artifacts to ``out``; ``fresh`` discards an unfinished run there.
 
-    Exits with 130 after an interruption, with 143 after SIGTERM: what was finished is written, and the line on stderr
-    says how to resume.
+    Exits with 130 after an interruption: what was finished is written, and the line on stderr says how to resume.
     """
-    if not data.exists():
-        raise InputError(f"data file {data} does not exist")
-    journal = out / JOURNAL
+    check_data(data)
+    from aqnfx.diagnosis.options import Options
+    from aqnfx.probes.journal import discard
+    from aqnfx.reporting.console import print_summary
+    from aqnfx.reporting.report import FILES, save_report
+
+    Options(**options)  # before a directory is made
+    check_files_in(out, (*FILES.values(), JOURNAL), {"--data": data})
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", module="torch|transformers")
+    console = Terminal(stderr=json_output)
+    with claimed_directory(out) as directory:
+        journal = directory / JOURNAL
+        _check_journal(journal, directory, resume=resume, fresh=fresh)
+        if fresh:
+            discard(journal)
+        smap = _diagnose(model, data, options, journal, console, resumable=not fresh)
+        paths = save_report(smap, directory)
+        if not smap.partial:  # before anything is printed: a reader that went away does not unmake a finished run
+            discard(journal)
+    if json_output:
+        print(json.dumps(smap.to_record()))
+    else:
+        print_summary(smap, console)
+        console.print(f"\nReport: {paths['markdown']}", soft_wrap=True)
+    if smap.partial:
+        hint = "" if fresh else "; --resume with the same options continues"
+        print(f"aqnfx: interrupted; what is finished is in {directory}{hint}", file=sys.stderr)
+        raise typer.Exit(Code.INTERRUPTED)
+
+
+def _check_journal(journal: Path, out: Path, *, resume: bool, fresh: bool) -> None:
     if journal.exists() and not (resume or fresh):
-        raise InputError(f"{out} holds an unfinished run; add --resume to continue it, or choose another --out")
+        raise InputError(
+            f"{out} holds an unfinished run; add --resume to continue it, remove {journal} to start again, or choose another "
+            "--out"
+        )
     if resume and not journal.exists():
         raise InputError(f"{out} holds no unfinished run to resume; run without --resume")
-    made = [p for p in (out, *out.parents) if not p.exists()]
-    directory = check_output_dir(out)
-    if fresh:
-        journal.unlink(missing_ok=True)
+
+
+def _diagnose(
+    model: str, data: Path, options: dict[str, Any], journal: Path, console: Terminal, *, resumable: bool
+) -> SensitivityMap:
     from aqnfx.diagnosis.diagnose import diagnose
-    from aqnfx.reporting.console import print_summary
-    from aqnfx.reporting.report import save_report
 
-    keep_freed_memory()
-    console = Console(stderr=json_output)
-    warnings.filterwarnings("ignore", module="torch|transformers")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )  # fmt: skip
-    with _terminable() as terminated, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-
-        told = ["starting"]
+    with progress_bar(console, counts=True) as bar:
+        task, told = bar.add_task("starting", total=None), ["starting"]
 
         def status(text: str) -> None:
             told[0] = text
@@ -68,55 +89,25 @@ def run_session(
             bar.update(task, completed=done, total=total, description=text)
 
         try:
-            smap = diagnose(
-                model, data, journal=journal, progress=progress, status=status, **options,
-            )  # fmt: skip
-        except BaseException as error:  # a failure of any kind leaves no journal without finished work
-            _leave_nothing(None if resume else journal, made)
-            if isinstance(error, Interrupted):
-                hint = "; --resume with the same options continues" if journal.exists() and not fresh else ""
-                ended = Interrupted(f"{error}{hint}")
-                ended.exit_code = TERMINATED if terminated else ended.exit_code
-                raise ended from error
-            raise
-    paths = save_report(smap, directory)
-    if json_output:
-        print(json.dumps(smap.to_record()))
-    else:
-        print_summary(smap, console)
-        console.print(f"\nReport: {paths['markdown']}", soft_wrap=True, markup=False)
-    if smap.to_record()["partial"]:
-        hint = "" if fresh else "; --resume with the same options continues"
-        print(f"aqnfx: interrupted; what is finished is in {directory}{hint}", file=sys.stderr)
-        raise typer.Exit(TERMINATED if terminated else INTERRUPTED)
-    journal.unlink(missing_ok=True)
+            return diagnose(model, data, journal=journal, progress=progress, status=status, **options)
+        except Interrupted as error:
+            hint = "; --resume with the same options continues" if journal.exists() and resumable else ""
+            raise Interrupted(f"{error}{hint}") from error
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """Let SIGTERM end the block as Ctrl-C does, once; the list then holds its number."""
-    seen: list[int] = []
-
-    def stop(number: int, _frame: Any) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        raise KeyboardInterrupt
-
+def check_data(data: Path) -> None:
+    """Raise :class:`InputError` where a data file is not there, or cannot be looked at."""
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: whoever runs this one decides
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        data.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"data file {data} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the data file {data}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def run_forecast(model: str, data: Path, options: dict[str, Any], *, json_output: bool) -> None:
     """Print what :func:`run_session` would do and about how long it would take; nothing is written."""
-    if not data.exists():
-        raise InputError(f"data file {data} does not exist")
+    check_data(data)
     from aqnfx.diagnosis.forecast import forecast
     from aqnfx.diagnosis.options import Options
     from aqnfx.diagnosis.prepare import prepare
@@ -134,25 +125,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def output_directory(out: Path | None) -> Iterator[None]:
-    """Make a directory before a run, where one is asked for, and take away what was made when the run fails."""
-    made = [path for path in (out, *out.parents) if not path.exists()] if out is not None else []
-    if out is not None:
-        check_output_dir(out)
-    try:
-        yield
-    except BaseException:
-        _leave_nothing(None, made)
-        raise
-
-
-def _leave_nothing(journal: Path | None, made: list[Path]) -> None:
-    """After a failure remove the run's own journal if it holds no finished work, and directories it made in vain."""
-    if journal is not None and journal.exists() and journal.read_bytes().count(b"\n") <= 1:
-        journal.unlink()
-    for directory in made:
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()

@@ -13,8 +13,7 @@ def command(
     """Trace a model and print its layers × operator kinds, and what could not be attributed to a layer."""
     import json
 
-    from rich.console import Console
-
+    from aqnfx.cli.terminal import Terminal
     from aqnfx.graph.frontend import trace
     from aqnfx.passes.pipeline import Pipeline
     from aqnfx.reporting.structure import structure_record, structure_table
@@ -24,7 +23,7 @@ def command(
     if json_output:
         print(json.dumps(record))
         return
-    console = Console()
+    console = Terminal()
     console.print(structure_table(program))
     outside = record["unattributed"]
     console.print(
@@ -32,7 +31,7 @@ def command(
         f" ({', '.join(f'{n} {region}' for region, n in outside.items()) or 'none'}); traced in {record['trace_seconds']:.1f} s"
     )
     for note in record["notes"]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     if sites:
         for site in record["sites"]:
-            console.print(f"{site['id']}  [{site['region']}]", markup=False, soft_wrap=True)
+            console.print(f"{site['id']}  [{site['region']}]", soft_wrap=True)

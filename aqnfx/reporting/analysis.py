@@ -15,7 +15,7 @@ from rich.text import Text
 from aqnfx.diagnosis.analysis import Analysis
 from aqnfx.errors import printable
 from aqnfx.reporting.analysis_svg import analysis_svg
-from aqnfx.reporting.artifacts import check_output_dir, write_json, write_text
+from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
 from aqnfx.reporting.text import MISSING, factor_range, names, percent, window_name
 
 FILES = {"analysis": "analysis.json", "graphml": "analysis.graphml", "svg": "analysis.svg"}
@@ -25,14 +25,18 @@ LISTED = 10
 def save_analysis(analysis: Analysis, directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``analysis.json``, ``analysis.graphml`` and ``analysis.svg`` into a directory, made where it is missing.
 
-    Returns their paths. Each file is replaced as a whole. Raises :class:`InputError` when the directory is not writable.
+    Returns their paths. All files are replaced, or none. Raises :class:`InputError` when the directory is not writable.
     """
     place = check_output_dir(directory)
-    return {
-        "analysis": write_json(place / FILES["analysis"], analysis.to_record()),
-        "graphml": write_text(place / FILES["graphml"], analysis_graphml(analysis)),
-        "svg": write_text(place / FILES["svg"], analysis_svg(analysis)),
-    }
+    found = {name: place / file for name, file in FILES.items()}
+    write_all(
+        {
+            found["analysis"]: json_text(found["analysis"], analysis.to_record()),
+            found["graphml"]: analysis_graphml(analysis),
+            found["svg"]: analysis_svg(analysis),
+        }
+    )
+    return found
 
 
 def analysis_graphml(analysis: Analysis) -> str:

@@ -18,7 +18,7 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import printable
 from aqnfx.planning.divergences import SIGNIFICANT
 from aqnfx.planning.migration import ACTIONS, MigrationStep
-from aqnfx.reporting.artifacts import write_json, write_text
+from aqnfx.reporting.artifacts import json_text, write_all
 from aqnfx.reporting.markdown import table
 from aqnfx.reporting.text import escape_markdown as md
 from aqnfx.reporting.text import factor, factor_range, flatten, nats, percent, percent_range
@@ -49,11 +49,12 @@ def migration_record(
 def save_migration(record: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Path]:
     """Write the record to ``path``, the list as Markdown beside it with the suffix ``.md``, and return the paths.
 
-    Each file is replaced as a whole. Raises :class:`InputError` where one is not writable.
+    Both files are replaced, or none. Raises :class:`InputError` where one is not writable.
     """
     place = Path(path)
-    text = migration_markdown(record)
-    return {"migration": write_json(place, record), "markdown": write_text(place.with_suffix(".md"), text)}
+    found = {"migration": place, "markdown": place.with_suffix(".md")}
+    write_all({place: json_text(place, record), found["markdown"]: migration_markdown(record)})
+    return found
 
 
 def print_migration(record: Mapping[str, Any], console: Console) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from aqnfx.errors import InputError, printable
 from aqnfx.planning.placement import where
 from aqnfx.planning.precision_plan import PrecisionPlan
-from aqnfx.reporting.artifacts import write_json, write_text
+from aqnfx.reporting.artifacts import json_text, write_all
 from aqnfx.reporting.markdown import table
 from aqnfx.reporting.text import MISSING, flatten, nats, percent, percent_range
 from aqnfx.reporting.text import escape_markdown as md
@@ -28,15 +28,15 @@ WORST = 12
 def save_plan(plan: PrecisionPlan, path: str | os.PathLike[str]) -> dict[str, Path]:
     """Write the plan to ``path``, its report beside it with the suffix ``.md``, and return the paths.
 
-    A frontier is drawn as ``.svg``. Each file is replaced as a whole. Raises :class:`InputError` where one is not writable.
+    A frontier is drawn as ``.svg``. All files are replaced, or none. Raises :class:`InputError` where one is not writable.
     """
     place = Path(path)
     if place.suffix in (".md", ".svg"):
         raise InputError(f"{path} is where the report or its picture goes; name the JSON file: {place.with_suffix('.json')}")
-    found = {"plan": write_json(place, plan.to_record())}
-    if plan.frontier:
-        found["frontier"] = write_text(place.with_suffix(".svg"), frontier_svg(plan))
-    found["markdown"] = write_text(place.with_suffix(".md"), plan_markdown(plan, picture=found.get("frontier")))
+    found = {"plan": place} | ({"frontier": place.with_suffix(".svg")} if plan.frontier else {})
+    found["markdown"] = place.with_suffix(".md")
+    files = {place: json_text(place, plan.to_record()), found["markdown"]: plan_markdown(plan, picture=found.get("frontier"))}
+    write_all(files | ({found["frontier"]: frontier_svg(plan)} if plan.frontier else {}))
     return found
 
 

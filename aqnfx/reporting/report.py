@@ -9,7 +9,7 @@ from typing import Any
 from aqnfx.diagnosis.recommend import recommend
 from aqnfx.diagnosis.sensitivity import SCHEMA as MAP_SCHEMA
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
-from aqnfx.reporting.artifacts import check_output_dir, read_json, write_json, write_text
+from aqnfx.reporting.artifacts import check_output_dir, json_text, read_json, write_all
 from aqnfx.reporting.markdown import report_markdown
 from aqnfx.reporting.prediction import prediction_record
 from aqnfx.reporting.summary import summary_sentences, title
@@ -62,16 +62,19 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
 def save_report(smap: SensitivityMap, directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``sensitivity_map.json``, ``report.json`` and ``report.md`` into a directory and return their paths.
 
-    The directory is created where it is missing; each file is replaced as a whole. Raises :class:`InputError` when the
+    The directory is created where it is missing; all files are replaced, or none. Raises :class:`InputError` when the
     directory is not writable.
     """
     place = check_output_dir(directory)
-    report = build_report(smap)
-    return {
-        "map": write_json(place / FILES["map"], smap.to_record()),
-        "report": write_json(place / FILES["report"], report),
-        "markdown": write_text(place / FILES["markdown"], report_markdown(smap, report)),
-    }
+    report, found = build_report(smap), {name: place / file for name, file in FILES.items()}
+    write_all(
+        {
+            found["map"]: json_text(found["map"], smap.to_record()),
+            found["report"]: json_text(found["report"], report),
+            found["markdown"]: report_markdown(smap, report),
+        }
+    )
+    return found
 
 
 def load_map(path: str | os.PathLike[str]) -> SensitivityMap:

@@ -14,7 +14,7 @@ from rich.text import Text
 from aqnfx.diagnosis.scan import Scan
 from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
 from aqnfx.errors import printable
-from aqnfx.reporting.artifacts import check_output_dir, write_json, write_text
+from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
 from aqnfx.reporting.markdown import table
 from aqnfx.reporting.text import MISSING, flatten, percent
 from aqnfx.reporting.text import escape_markdown as md
@@ -33,13 +33,12 @@ _DECISION = (
 def save_scan(scan: Scan, directory: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``scan.json`` and ``scan.md`` into a directory, made where it is missing, and return their paths.
 
-    Each file is replaced as a whole. Raises :class:`InputError` when the directory is not writable.
+    All files are replaced, or none. Raises :class:`InputError` when the directory is not writable.
     """
     place = check_output_dir(directory)
-    return {
-        "scan": write_json(place / FILES["scan"], scan.to_record()),
-        "markdown": write_text(place / FILES["markdown"], scan_markdown(scan)),
-    }
+    found = {name: place / file for name, file in FILES.items()}
+    write_all({found["scan"]: json_text(found["scan"], scan.to_record()), found["markdown"]: scan_markdown(scan)})
+    return found
 
 
 def print_scan(scan: Scan, console: Console) -> None:

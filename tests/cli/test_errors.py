@@ -132,7 +132,7 @@ def test_a_journal_that_is_none(aqnfx: Aqnfx, place: Place, tmp_path: Path, cont
     (tmp_path / "journal.jsonl").write_bytes(content)
     one_line(aqnfx("diagnose", place.model, *place.quick, "--out", tmp_path), "unfinished run", "--resume")
     ended = aqnfx("diagnose", place.model, *place.quick, "--out", tmp_path, "--resume")
-    one_line(ended, "damaged at line 1", "--resume")
+    one_line(ended, "damaged at line 1", "remove it to start again")
     assert (tmp_path / "journal.jsonl").read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["journal.jsonl"]
 
@@ -200,13 +200,11 @@ def test_bad_pipelines(aqnfx: Aqnfx, place: Place, pipeline: str, parts: list[st
 
 
 def test_debug_shows_the_traceback(aqnfx: Aqnfx, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aqnfx.cli.main import main
-    from aqnfx.errors import ModelError
-
     monkeypatch.setenv("AQNFX_DEBUG", "")
-    monkeypatch.setattr("sys.argv", ["aqnfx", "--debug", "trace", str(place.root / "nowhere")])
-    with pytest.raises(ModelError):
-        main()
+    ended = aqnfx("--debug", "trace", place.root / "nowhere")
+    assert ended.code == 2
+    assert "Traceback" in ended.err
+    assert ended.err.splitlines()[-1].startswith("aqnfx: model directory")
 
 
 def test_a_failed_run_leaves_earlier_artifacts_alone(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aqnfx.errors import ArtifactError, InputError
-from aqnfx.probes.journal import Item, Journal
+from aqnfx.probes.journal import Item, Journal, discard, recorded_identity
 
 IDENTITY: dict[str, Any] = {"model": "ab12", "levels": [0.1, 0.2], "data": "cd34", "batch_size": 8}
 ITEMS: dict[Item, dict[str, list[float]]] = {
@@ -127,8 +130,6 @@ def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path, content: bytes
 
 @pytest.mark.parametrize("body", ['{"schema":"aqnfx.journal/9","identity":{}}', '{"identity":{}}'])
 def test_another_schema_is_named(tmp_path: Path, body: str) -> None:
-    import hashlib
-
     (tmp_path / "j").write_text(f"{hashlib.sha256(body.encode()).hexdigest()[:16]} {body}\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match="schema"):
         Journal(tmp_path / "j", IDENTITY)
@@ -138,8 +139,6 @@ def test_another_schema_is_named(tmp_path: Path, body: str) -> None:
     "body", ["[]", "{}", '{"schema":"aqnfx.journal/1"}', '{"schema":"aqnfx.journal/1","identity":3}']
 )
 def test_a_header_that_is_no_header_is_refused(tmp_path: Path, body: str) -> None:
-    import hashlib
-
     (tmp_path / "j").write_text(f"{hashlib.sha256(body.encode()).hexdigest()[:16]} {body}\n", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"damaged at line 1|belongs to another run"):
         Journal(tmp_path / "j", IDENTITY)
@@ -176,7 +175,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_args: Any, **_options: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("aqnfx.probes.journal.os.open", refuse)
     with pytest.raises(InputError, match="Permission denied"):
         Journal(tmp_path / "new", IDENTITY)
 
@@ -206,10 +205,23 @@ def test_failures_are_kept_until_they_succeed(tmp_path: Path) -> None:
         assert journal.items == {item: scores}
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / "j").symlink_to("/dev/full")
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("aqnfx.probes.journal.os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
         Journal(tmp_path / "j", IDENTITY)
+    assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/zero", "fifo"])
+def test_devices_and_pipes_are_refused_at_once(tmp_path: Path, device: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "j").symlink_to(device)
+    with pytest.raises(InputError, match="not a regular file"):
+        Journal(tmp_path / "j", IDENTITY)
+    assert recorded_identity(tmp_path / "j") == {}
 
 
 def test_a_disk_that_fills_up_loses_only_what_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +248,46 @@ def test_adding_an_item_twice_changes_nothing(tmp_path: Path) -> None:
         assert journal.items == ITEMS
     with Journal(tmp_path / "j", IDENTITY) as journal:
         assert journal.items == ITEMS
+
+
+def test_a_run_that_failed_removes_its_own_journal_and_no_other(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), Journal(tmp_path / "j", IDENTITY):
+        raise RuntimeError
+    assert not (tmp_path / "j").exists()
+    with Journal(tmp_path / "j", IDENTITY) as first:
+        for _ in range(2):
+            with pytest.raises(InputError, match="in use"):
+                Journal(tmp_path / "j", IDENTITY)
+        with pytest.raises(InputError, match="in use"):
+            discard(tmp_path / "j")
+        first.add(*next(iter(ITEMS.items())))
+    assert (tmp_path / "j").read_bytes().count(b"\n") == 2
+    with pytest.raises(RuntimeError), Journal(tmp_path / "j", IDENTITY):
+        raise RuntimeError
+    assert (tmp_path / "j").exists()  # it holds finished work of the run before
+    discard(tmp_path / "j")
+    discard(tmp_path / "j")
+    assert not (tmp_path / "j").exists()
+
+
+RECORDS = [
+    {"item": [0, 0, 0], "scores": {"kl": [1.0]}}, {"item": [0, 0, 0, "0"], "scores": {"kl": [1.0]}},
+    {"item": [0, -2, 0, 0], "scores": {}}, {"item": [0, 0, 0, 10**30], "scores": {}}, {"item": [0, 0, True, 0], "scores": {}},
+    {"item": None, "scores": {}}, {"item": {"0": 1}, "scores": {}}, {"item": [0, 0, 0, 0], "scores": [1.0]},
+    {"item": [0, 0, 0, 0], "scores": {"kl": 1.0}}, {"item": [0, 0, 0, 0], "scores": {"kl": ["1.0"]}},
+    {"item": [0, 0, 0, 0], "scores": {"kl": [None]}}, {"item": [0, 0, 0, 0]}, {"item": [0, 0, 0, 0], "error": 3},
+    {"item": [0, 0, 0, 0], "error": "x", "scores": {}}, {"item": [0, 0, 0, 0], "part": 3, "error": "x"},
+    {"item": [0, 0, 0, 0], "error": "x", "more": 1}, [], 3, "item",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=map(json.dumps, RECORDS))
+@pytest.mark.parametrize("last", [True, False])
+def test_a_malformed_record_with_a_right_checksum_is_damage(tmp_path: Path, record: Any, last: bool) -> None:
+    whole, body = write(tmp_path / "j"), json.dumps(record)
+    line = f"{hashlib.sha256(body.encode()).hexdigest()[:16]} {body}\n".encode()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "j").write_bytes(b"".join([*lines, line] if last else [*lines[:2], line, *lines[2:]]))
+    with pytest.raises(ArtifactError, match=f"damaged at line {5 if last else 3}: .*remove it to start again") as caught:
+        Journal(tmp_path / "j", IDENTITY)
+    assert "\n" not in str(caught.value)

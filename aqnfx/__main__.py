@@ -1,0 +1,5 @@
+"""``python -m aqnfx``: the command line."""
+
+from aqnfx.cli.main import main
+
+main()
