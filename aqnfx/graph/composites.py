@@ -47,12 +47,19 @@ def _operands(node: Node) -> list[Node]:
 
 
 def users(node: Node) -> Iterator[Node]:
-    """Users of ``node``, looking through moves."""
-    for user in node.users:
-        if is_move(user):
-            yield from users(user)
-        elif user.op == "call_function":
-            yield user
+    """Users of ``node``, each once, looking through moves: many paths of moves may lead to one."""
+    seen: set[Node] = set()
+    ahead = [iter(node.users)]
+    while ahead:
+        user = next(ahead[-1], None)
+        if user is None:
+            ahead.pop()
+        elif user not in seen:
+            seen.add(user)
+            if is_move(user):
+                ahead.append(iter(user.users))
+            elif user.op == "call_function":
+                yield user
 
 
 def _inverse_root(node: Node) -> Node | None:

@@ -118,8 +118,17 @@ def _external(site: Node, owners: dict[Node, Node]) -> Iterator[Node]:
 
 def _joins(node: Node, site: Node, owners: dict[Node, Node]) -> bool:
     """Whether a move takes up a value from inside of the site, as a rotation joins its halves."""
-    if is_move(node):
-        return any(owners.get(before) is site or _joins(before, site, owners) for before in node.all_input_nodes)
+    seen, ahead = {node}, [node]
+    while ahead:
+        move = ahead.pop()
+        if not is_move(move):
+            continue
+        for before in move.all_input_nodes:
+            if owners.get(before) is site:
+                return True
+            if before not in seen:
+                seen.add(before)
+                ahead.append(before)
     return False
 
 

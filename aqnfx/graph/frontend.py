@@ -15,14 +15,16 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from aqnfx.errors import TraceError
+from aqnfx.graph.domain import domain_of
 from aqnfx.graph.edit import BUFFER_PREFIX
-from aqnfx.graph.functional import is_mutable, make_functional
+from aqnfx.graph.functional import is_mutable, make_functional, same_results
 from aqnfx.graph.inputs import default_shapes, example_inputs
 from aqnfx.graph.loading import load_model, load_pt2
 from aqnfx.graph.normalize import normalize_graph
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
 from aqnfx.graph.tags import static_size
+from aqnfx.graph.untouched import untouched, without_caches
 from aqnfx.graph.verify import verify
 
 
@@ -82,18 +84,16 @@ def _export(
     else:
         args, kwargs = tuple(inputs[0]), dict(inputs[1])
         shapes = default_shapes(args, kwargs)  # type: ignore[assignment]
-    training = model.training
-    model.eval()
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes or shapes, strict=False)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TraceError(
-            f"torch.export could not trace {type(model).__name__}: {reason.strip()}; "
-            "data-dependent Python in forward is the usual cause"
-        ) from error
-    finally:
-        model.train(training)
+    with untouched(model), without_caches(model):
+        model.eval()
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes or shapes, strict=False)
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise TraceError(
+                f"torch.export could not trace {type(model).__name__}: {reason.strip()}; "
+                "data-dependent Python in forward is the usual cause"
+            ) from error
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
@@ -119,18 +119,25 @@ def _functional_module(exported: ExportedProgram) -> torch.fx.GraphModule:
         # torch 2.13 copies its own tree specs of a class that it has deprecated.
         warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
         # Exports once more: what is changed where others see it takes alias analysis. An empty table decomposes nothing else.
-        module = exported.run_decompositions({}).module(check_guards=False)
-    return module
+        functional: torch.fx.GraphModule = exported.run_decompositions({}).module(check_guards=False)
+    if not same_results(module, functional, exported.example_inputs):
+        raise TraceError(
+            "the model changes tensors in place where others see it, and torch.export lost that in a graph without such changes "
+            "(dropout, einsum and broadcast_tensors may return their input): write x = x + … in place of x.add_(…) and the like"
+        )
+    return functional
 
 
 def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
     module, example = _functional_module(exported), exported.example_inputs
     if example is None:
         raise TraceError("the exported program carries no example inputs; export it with them")
-    defaults, in_spec = pytree.tree_flatten(example)
+    defaults, in_spec = pytree.tree_flatten((example[0], example[1] or {}))  # one that was saved has None for no keywords
     names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
     if len(names) != len(defaults) or exported.call_spec.out_spec is None:
         raise TraceError(f"the exported program has {len(names)} inputs for {len(defaults)} example values")
+    given = {name: value for name, value in zip(names, defaults, strict=True) if isinstance(value, torch.Tensor)}
+    domain = domain_of(exported, module, given)
     module = torch.fx.GraphModule(module, module.graph, class_name="Program")
     normalize_graph(module)
     module.graph.lint()
@@ -148,7 +155,7 @@ def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
                 notes.append(f"{node.target}: the model's forward fixes {sizes}")
     return Program(
         module=module.train(False), signature=signature, source=source,
-        original=fingerprint(module.graph), notes=tuple(notes),
+        original=fingerprint(module.graph), notes=(*notes, *domain.notes()), domain=domain,
     )  # fmt: skip
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 _FRESH = frozenset({torch.ops.aten.linear.default, torch.ops.aten.matmul.default})
 """Composite operations that never return their input."""
@@ -93,6 +95,44 @@ def changes_unseen(node: Node, fresh: Container[Node] = ()) -> bool:
         return False
     readers = [user for user in changed.users if user is not node]
     return not any(_may_alias(user) for user in readers) and all(user < node for user in readers)
+
+
+def same_results(one: nn.Module, other: nn.Module, inputs: Any) -> bool:
+    """Return whether two modules return the same bits for ``inputs``, (args, kwargs), None for none to try.
+
+    Both are run, with the same random numbers; what they write into inputs and buffers is undone.
+    """
+    if inputs is None:
+        return True
+    found = []
+    for module in (one, other):
+        with torch.random.fork_rng(), torch.no_grad(), kept_values(module):
+            torch.manual_seed(0)
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, inputs)
+            found.append(pytree.tree_leaves(module(*args, **kwargs)))
+    return len(found[0]) == len(found[1]) and all(map(_same_bits, *found))
+
+
+@contextmanager
+def kept_values(module: nn.Module) -> Iterator[None]:
+    """Give the buffers of ``module`` their values back on the way out."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _regions(graph: Graph) -> Iterator[Graph]:

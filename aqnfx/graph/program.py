@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from aqnfx.errors import InputError, PassError
 from aqnfx.graph import edit
 from aqnfx.graph.controls import NoiseControls
+from aqnfx.graph.domain import Domain, advice
 from aqnfx.graph.operands import Place, places
 from aqnfx.graph.render import fingerprint, render
 from aqnfx.graph.sites import Site
@@ -56,7 +57,8 @@ class Program:
     """A traced model: its graph, how it is called, where it came from, and the passes that ran on it.
 
     A Program is immutable; passes work on a :meth:`fork`, which copies the graph and shares the weights. It is called
-    like the model that it was traced from.
+    like the model that it was traced from. ``domain`` says for which sizes of inputs the traced steps are those of the model;
+    every call is held against it. None for a Program that was made without an export.
     """
 
     module: GraphModule
@@ -65,6 +67,7 @@ class Program:
     history: tuple[Step, ...] = ()
     original: str = ""
     notes: tuple[str, ...] = field(default=())
+    domain: Domain | None = None
 
     @property
     def graph(self) -> Graph:
@@ -141,8 +144,8 @@ class Program:
     def bind(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """Return the graph's inputs for a call; missing masks are ones, missing constants as traced.
 
-        Raises :class:`InputError` for unknown or missing arguments, and for tensors whose dtype, rank or fixed sizes
-        differ from the traced ones.
+        Raises :class:`InputError` for unknown or missing arguments, for tensors whose dtype, rank or fixed sizes differ from
+        the traced ones, and for sizes outside of :attr:`domain`.
         """
         values = self._leaves(args, kwargs)
         given = [v for v, d in zip(values, self.signature.defaults, strict=True) if isinstance(d, torch.Tensor)]
@@ -150,6 +153,8 @@ class Program:
         sizes: dict[str, tuple[int, str]] = {}
         for node, value in zip(placeholders, given, strict=True):
             _check_input(str(node.target), node.meta["val"], value, sizes)
+        if self.domain is not None:
+            self.domain.check(given)
         return given
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -251,6 +256,6 @@ def _check_input(name: str, traced: Any, value: Any, sizes: dict[str, tuple[int,
     for dim, (expected, found) in enumerate(zip(map(static_size, traced.shape), value.shape, strict=True)):
         if isinstance(expected, int):
             if expected != found:
-                raise InputError(f"{text}: dimension {dim} is fixed at {expected}")
+                raise InputError(f"{text}: dimension {dim} is fixed at {expected}; trace again {advice(name, dim, found)}")
         elif (seen := sizes.setdefault(str(expected), (found, name))) != (found, name) and seen[0] != found:
             raise InputError(f"{text}: {expected} is {seen[0]} in input {seen[1]!r} and {found} here")

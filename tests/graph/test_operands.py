@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.errors import SelectorError
+from aqnfx.graph.coupling import coupling_groups
+from aqnfx.graph.dataflow import dataflow
 from aqnfx.graph.operands import PRODUCTS, role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
@@ -363,3 +365,26 @@ def test_ids_stay_under_several_insertions_at_one_site():
     where = 'where="ops:extended,roles:auto"'
     text = f"insert-noise{{{where}}},insert-capture{{{where} gradients=true}},insert-score{{{where} kind=mxfp4}}"
     assert list(Pipeline.parse(text)(tagged).places) == list(tagged.places)
+
+
+class Rewritten(torch.nn.Module):
+    """Rows of a product that are rewritten in place, one after the other: a chain of moves with two ways through each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.proj(x) @ x.transpose(-1, -2)
+        for row in range(1, 30):
+            found[:, row, :row] = found[:, row, :row].clone() * found[:, row - 1, :row].clone()
+        return found.softmax(-1) @ x
+
+
+def test_many_updates_in_place_take_linear_time():
+    """With a way through every path this would not end: 2²⁹ paths."""
+    program = aqnfx.trace(Rewritten().eval(), inputs=((torch.ones(2, 32, 32),), {}))
+    tagged = aqnfx.Pipeline.parse("tag-layers,tag-ops")(program)
+    assert any(site.op == "softmax" for site in tagged.all_sites)
+    assert dataflow(tagged).outputs
+    assert coupling_groups(tagged) == ()
