@@ -50,7 +50,7 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
 
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
-    data: Path = typer.Option(..., "--data", help="JSON lines, parquet or plain text.", show_default=False),
+    data: Path = typer.Option(..., "--data", help="JSON lines, CSV, parquet or plain text.", show_default=False),
     levels: str = typer.Option(None, help="Noise levels (default: 0.01,0.05,0.1; with --perturb 1)."),
     base_level: float = typer.Option(None, help="Level that rankings are read at (default: the middle one)."),
     window: int = typer.Option(None, help="Layers per window (default: 3, or all of fewer layers)."),

@@ -14,7 +14,7 @@ from aqnfx.errors import InputError, Interrupted, nearest
 def command(
     context: typer.Context,
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
-    data: Path = typer.Option(None, "--data", help="JSON lines, parquet or plain text; needed for a plan under a budget."),
+    data: Path = typer.Option(None, "--data", help="JSON lines, CSV, parquet or plain text; needed for a plan under a budget."),
     formats: str = typer.Option(
         None, help="Menu for weights, or weights/inputs: mxfp4/mxfp8_e4m3,keep/keep (default: int4:g32,int8:g32; for --rule "
         "threshold fp16,int8,int4:g32)."

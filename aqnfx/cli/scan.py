@@ -13,7 +13,7 @@ from aqnfx.errors import InputError, Interrupted
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory with safetensors, cached hub id, or tinygsm."),
     formats: str = typer.Option("mxfp4,nvfp4,int8", "--formats", help="Number formats, with commas: mxfp4,int4:g128,…"),
-    data: Path = typer.Option(None, "--data", help="JSON lines, parquet or plain text: scan activations too."),
+    data: Path = typer.Option(None, "--data", help="JSON lines, CSV, parquet or plain text: scan activations too."),
     samples: int = typer.Option(None, help="Samples of the data (default: 32)."),
     batch_size: int = typer.Option(None, help="Samples per forward pass (default: 8)."),
     max_length: int = typer.Option(None, help="Tokens per sample (default: 256, or what the model takes)."),

@@ -19,7 +19,7 @@ from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
 from aqnfx.diagnosis.confirm import confirm
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, Prepared, Recipe, capture_on, instrument, plan, prepare
+from aqnfx.diagnosis.prepare import Prepared, Recipe, capture_on, instrument, plan, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
@@ -31,6 +31,7 @@ from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
 from aqnfx.probes.data import Batch, data_digest
+from aqnfx.probes.examples import Data
 from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
@@ -57,10 +58,11 @@ def diagnose(
 ) -> SensitivityMap:
     """Predict and measure what noise does to a language model and return its sensitivity map.
 
-    ``model`` is what :func:`aqnfx.trace` takes, or a Program; ``data`` a JSON-lines, parquet or text file, or a
-    sequence of texts or records; ``calibration`` (default: ``data``) is what activation statistics are read on where there
-    are predictions. ``tokenizer`` defaults to the one saved with the model. ``journal`` is a file that
-    keeps finished work: a run with the same arguments continues it. ``progress(done, total)`` and ``status(text)`` are
+    ``model`` is what :func:`aqnfx.trace` takes, or a Program; ``data`` a JSON-lines, CSV, parquet or text file, or texts
+    or records in a list, a ``datasets.Dataset``, a table, a generator; ``calibration`` (default: ``data``) is what
+    activation statistics are read on where there are predictions. ``tokenizer`` defaults to the one saved with the model.
+    ``journal`` is a file that keeps finished work: a run with the same arguments continues it. ``progress(done, total)``
+    and ``status(text)`` are
     called as the work goes on. ``options`` are the fields of :class:`~aqnfx.diagnosis.options.Options`. An interrupted
     run returns the map of what is finished, with ``partial`` set. Raises subclasses of
     :class:`~aqnfx.errors.AqnfxError` for bad input.

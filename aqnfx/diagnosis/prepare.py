@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +24,15 @@ from aqnfx.graph.tags import static_size
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture
 from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
+from aqnfx.probes.examples import Data
 from aqnfx.probes.forward import eager_forward, is_causal
+from aqnfx.probes.limits import check_tokens, padding, positions, vocabulary
 from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.samples import load_samples, load_tokenizer
 from aqnfx.probes.tasks import ANSWERED, accuracy_like
 from aqnfx.probes.work import Sweep, Worker
-
-Data = str | Path | Sequence[str | Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,10 @@ def prepare(
         _check_place(model, options.device)
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))
+    rows = vocabulary(model)
     encoded, notes, task = _samples(data, tokenizer, options, _max_length(model, options))
+    check_tokens(encoded, rows, tokenizer)
+    pad, padded = padding(tokenizer, model, rows)
     # An adaptive run looks at its first batches: they must be like all others.
     encoded = encoded if options.adaptive or options.budget else by_length(encoded)
     tell("tracing")
@@ -94,20 +97,29 @@ def prepare(
     probes, more = plan(tagged, options)
     fixed = _fixed_length(tagged)
     tell("preparing")
-    causal = is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
+    causal = _is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
     if not causal:
         if task == "nll" or task in ANSWERED:
             raise ModelError(
                 f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
             )
         more = (*more, "the model is not causal: KL and agreement are over all positions, and there is no NLL")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Prepared(
         program=tagged, encoded=encoded, probes=probes, task=task, causal=causal, longest=longest,
         fixed=longest if fixed is not None else None, pad=pad,
-        tokenizer=tokenizer, notes=(*tagged.notes, *notes, *more),
+        tokenizer=tokenizer, notes=(*tagged.notes, *notes, *padded, *more),
         model=model if task == "generate" and isinstance(model, nn.Module) else None,
     )  # fmt: skip
+
+
+def _is_causal(program: Program, tokens: Sequence[int]) -> bool:
+    try:
+        return is_causal(program, tokens)
+    except IndexError as error:  # the first run: what no configuration told
+        raise InputError(
+            f"the model cannot run {len(tokens)} tokens: a table has no row for one of them or for its position "
+            f"({str(error).splitlines()[0]}); lower max_length"
+        ) from error
 
 
 def tag(program: Program, options: Options) -> Program:
@@ -184,6 +196,7 @@ def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures
             data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
             pack=options.pack,
         )  # fmt: skip
+        check_tokens(encoded, vocabulary(ready.program), ready.tokenizer)
     made = make_batches(
         encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
     )
@@ -273,9 +286,7 @@ def _named(name: str) -> str:
 
 
 def _max_length(model: nn.Module | Program, options: Options) -> int:
-    config = getattr(model, "config", None)
-    source = model.source if isinstance(model, Program) else {}
-    limit = source.get("max_positions") or getattr(config, "max_position_embeddings", None)
+    limit = positions(model)
     if options.max_length is None:
         return min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     if limit and options.max_length > limit:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import aqnfx
-from aqnfx.diagnosis.prepare import Data
 from aqnfx.diagnosis.scan_activations import Activations, measure_activations
 from aqnfx.diagnosis.scan_findings import decide, rank, summarise
 from aqnfx.diagnosis.sensitivity import jsonable
@@ -22,6 +21,7 @@ from aqnfx.numerics.format_stats import ERROR_SUMS, ValueStatistics, error_recor
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.probes.checkpoint_weights import CHUNK, Checkpoint, Weight, chunks, open_checkpoint, value_range
 from aqnfx.probes.compile_choice import compiler_problem
+from aqnfx.probes.examples import Data
 from aqnfx.probes.memory import peak_memory_mib
 
 SCHEMA = "aqnfx.scan/1"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, prepare
+from aqnfx.diagnosis.prepare import prepare
 from aqnfx.numerics.formats import Format
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.activation_scan import SiteScan, scan_activations
 from aqnfx.probes.data import data_digest
+from aqnfx.probes.examples import Data
 from aqnfx.probes.forward import eager_forward
 
 # Without matmul here, so that a fused attention stays whole; where a model has products of its own they are scanned too.

@@ -18,7 +18,7 @@ from aqnfx.errors import TraceError
 from aqnfx.graph.domain import domain_of
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.functional import is_mutable, make_functional, same_results
-from aqnfx.graph.inputs import default_shapes, example_inputs
+from aqnfx.graph.inputs import default_shapes, example_inputs, max_positions
 from aqnfx.graph.loading import load_model, load_pt2
 from aqnfx.graph.normalize import normalize_graph
 from aqnfx.graph.program import Program, Signature
@@ -101,8 +101,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": type(model).__name__}
     if config is not None and hasattr(config, "model_type"):
         facts["model_type"] = config.model_type
-        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        facts["max_positions"] = limit
+        facts["max_positions"] = max_positions(model)
     parameters = list(model.parameters())
     facts["parameters"] = sum(p.numel() for p in parameters)
     if parameters:

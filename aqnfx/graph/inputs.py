@@ -31,7 +31,7 @@ def example_inputs(model: nn.Module, sequence_length: int | None = None) -> tupl
     if main == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         return {main: torch.zeros(_BATCH, config.num_channels, *size, dtype=_dtype(model))}, {main: {0: auto}}
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
+    limit = max_positions(model) or 10**9
     length = sequence_length or min(_SEQUENCE, limit)
     if length > limit:
         raise TraceError(f"sequence length {length} asked; the model takes at most {limit} positions")
@@ -47,6 +47,23 @@ def example_inputs(model: nn.Module, sequence_length: int | None = None) -> tupl
     if "use_cache" in parameters:
         kwargs["use_cache"], shapes["use_cache"] = False, None
     return kwargs, shapes
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Return how many tokens in a row ``model`` takes as its config says, None where it says nothing.
+
+    A table of positions with a padding index (RoBERTa and its relatives) counts from the row after it: the rows up to
+    there hold no token.
+    """
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(limit, int):
+        return None
+    tables = [
+        module.num_embeddings - module.padding_idx - 1 for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" in name.rpartition(".")[2]
+    ]  # fmt: skip
+    return min([limit, *tables])
 
 
 def default_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from aqnfx.errors import InputError, ProbeError
+from aqnfx.graph.inputs import max_positions
 from aqnfx.live.instrument import Handle, instrument
 from aqnfx.probes.data import Batch, Encoded
 
@@ -52,7 +53,7 @@ def most_new_tokens(model: nn.Module | None, samples: Sequence[Encoded], asked: 
         raise InputError("task generate needs records with question and answer")
     longest, prompt = max(end - start for start, end in answers), max(start for start, _ in answers)
     new = asked if asked is not None else longest + (longest + 3) // 4
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and prompt + new > limit:
         raise InputError(
             f"a prompt has {prompt} tokens and {new} are to be generated; the model takes {limit}: lower max_new_tokens"

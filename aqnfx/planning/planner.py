@@ -14,7 +14,7 @@ from torch import nn
 
 import aqnfx
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Data, Prepared, prepare
+from aqnfx.diagnosis.prepare import Prepared, prepare
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
@@ -33,6 +33,7 @@ from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import PRODUCTS, Problem, limits, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
 from aqnfx.probes.data import Batch, data_digest, make_batches
+from aqnfx.probes.examples import Data
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import predict
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number, map_facts, perturbation
-from aqnfx.diagnosis.prepare import Data
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import trace
@@ -30,6 +29,7 @@ from aqnfx.planning.planner import batches_of, model_facts, prepare_plan, run_fa
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import Group, Problem, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
+from aqnfx.probes.examples import Data
 
 FORMATS = tuple(DEFAULT_FORMATS["threshold"].split(","))
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from aqnfx.errors import InputError
 from aqnfx.probes.examples import Example, load_examples
+from aqnfx.probes.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,14 +87,16 @@ class Batch:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool = False
-) -> tuple[Encoded, ...]:
-    """Return the examples as token ids, each cut to ``max_length`` tokens.
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, pack: bool = False,
+    limit: int | None = None,
+) -> tuple[Encoded, ...]:  # fmt: skip
+    """Return the examples as token ids, each cut to ``max_length`` tokens; ``limit``: how many of packed ones are wanted.
 
     Of an example with an answer the answer's tokens are scored, of a text all tokens but the first. ``pack`` joins the
     texts and cuts them into samples of ``max_length`` tokens, so that short texts cost no padding and long ones lose
     nothing (but for a last single token). Examples without a scored token left are dropped, and answers that were cut
-    off count for no exact match: a DataWarning gives both numbers. Cut samples have ``truncated`` set.
+    off count for no exact match: a DataWarning gives both numbers. Cut samples have ``truncated`` set. Special tokens that
+    the tokenizer adds are not added to a text that carries them. Of a very long text only the beginning is tokenised.
 
     Raises InputError where ``max_length`` < 2, there are no examples, none is left, or ``pack`` meets an answer.
     """
@@ -102,13 +105,16 @@ def encode(
     if not examples:
         raise InputError("no examples to encode")
     rows: Iterator[tuple[tuple[int, ...], int, int | None]]
+    tokens = Tokens(tokenizer)
     if pack and all(example.answer is None for example in examples):
-        stream = [token for ids, _, _ in _tokenize(examples, tokenizer) for token in ids]
-        rows = ((tuple(stream[i : i + max_length]), 1, None) for i in range(0, len(stream) - 1, max_length))
+        most = None if limit is None else limit * max_length
+        stream = tokens.joined([example.text for example in examples], most)
+        starts = range(0, len(stream) - 1, max_length)[:limit]
+        rows = ((tuple(stream[i : i + max_length]), 1, None) for i in starts)
     elif pack:
         raise InputError("pack: examples with answers cannot be packed; leave pack off")
     else:
-        rows = _tokenize(examples, tokenizer)
+        rows = tokens.rows(examples, max_length)
     encoded: list[Encoded] = []
     dropped = cut_answers = 0
     for ids, start, end in rows:
@@ -192,56 +198,3 @@ def _batch(
         answer_mask=answer_mask,
         numbers=tuple(offset + i if row.number is None else row.number for i, row in enumerate(rows)),
     )  # fmt: skip
-
-
-def _tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[tuple[int, ...], int, int | None]]:
-    """Yield (ids, first scored position, end of the answer or None) of each example, not yet cut."""
-    texts = _ids(tokenizer, [example.text for example in examples])
-    prompts = iter(_ids(tokenizer, [example.prompt for example in examples if example.prompt is not None]))
-    for example, ids in zip(examples, texts, strict=True):
-        if example.prompt is None:
-            yield tuple(ids), 1, None
-            continue
-        prompt = next(prompts)
-        if len(prompt) < len(ids) and ids[: len(prompt)] == prompt:
-            start, end = len(prompt), len(ids)
-        else:
-            start, end = _answer_range(example.text, len(example.prompt), ids, prompt, tokenizer)
-        # A prompt without a token (an empty one, no start token) leaves the first answer token without a prediction.
-        yield tuple(ids), max(start, 1), end
-
-
-def _answer_range(
-    text: str, prompt_chars: int, ids: list[int], prompt: list[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
-    """Return positions [start, end) of the answer where the prompt's tokens are no prefix of the text's.
-
-    That happens where a token spans the border, and counts as answer, or a special token follows the text, and does
-    not count. Without character offsets the common prefix is taken.
-    """
-    if tokenizer.is_fast:
-        offsets: list[tuple[int, int]] = _call(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
-        answer = [i for i, (a, b) in enumerate(offsets) if b > prompt_chars and b > a]
-        if answer:
-            return answer[0], answer[-1] + 1
-    shared = 0
-    while shared < min(len(ids), len(prompt)) and ids[shared] == prompt[shared]:
-        shared += 1
-    end = len(ids)
-    special = set(tokenizer.all_special_ids)
-    while end > shared + 1 and ids[end - 1] in special:
-        end -= 1
-    return shared, end
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = _call(tokenizer, texts)["input_ids"] if texts else []
-    return ids
-
-
-def _call(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: bool) -> Mapping[str, Any]:
-    # verbose=False: texts longer than the model are expected here, and are cut afterwards.
-    result: Mapping[str, Any] = tokenizer(text, truncation=False, padding=False, verbose=False, **options)
-    return result

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.loading import EMBEDDED
-from aqnfx.probes.data import DataWarning, Encoded, Example, encode, load_examples
-from aqnfx.probes.examples import example_from_record
+from aqnfx.probes.data import DataWarning, Encoded, Example, encode
+from aqnfx.probes.examples import Data, read_examples
 from aqnfx.probes.tasks import ANSWERED
 
 
@@ -29,7 +31,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_samples(
-    data: str | Path | Sequence[str | Mapping[str, str]],
+    data: Data,
     tokenizer: Any,
     *,
     samples: int,
@@ -40,23 +42,25 @@ def load_samples(
 ) -> tuple[tuple[Encoded, ...], tuple[str, ...]]:
     """Return up to ``samples`` encoded samples of at most ``max_length`` tokens, and notes on what was left out.
 
-    ``data`` is a file (JSON lines, parquet or text, see :func:`~aqnfx.probes.data.load_examples`), or texts and
-    records with ``question`` / ``answer`` or ``text``. Plain texts are joined and cut into samples of ``max_length``
-    tokens unless ``pack`` is off. For the tasks ``exact_match`` and ``generate`` samples without a whole answer are left
-    out. Raises :class:`InputError` when nothing is left.
+    ``data`` is a file (JSON lines, CSV, parquet or text, see :func:`~aqnfx.probes.data.load_examples`), or texts and
+    records with ``question`` / ``answer`` or ``text`` in anything that can be read one after the other: a list, a
+    generator, a ``datasets.Dataset``, a table of pandas, polars or pyarrow. Plain texts are joined and cut into samples of
+    ``max_length`` tokens unless ``pack`` is off; blank ones are left out. For the tasks ``exact_match`` and ``generate``
+    samples without a whole answer are left out. Raises :class:`InputError` when nothing is left.
     """
     if samples < 1:
         raise InputError(f"samples {samples} must be at least 1")
-    limit, notes = samples, []
+    rows = _Visible(read_examples(data, text_field))
+    examples: list[Example] = []
+    limit = samples
     while True:
-        if isinstance(data, (str, Path)):
-            examples = load_examples(Path(data), text_field=text_field, limit=limit)
-        else:
-            examples = tuple(_example(value, text_field) for value in data[:limit])
+        examples += islice(rows, min(limit - len(examples), sys.maxsize))
+        if not examples:
+            raise InputError(f"{_named(data)} holds no usable example: {rows.nothing}")
         join = pack and all(example.answer is None for example in examples)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DataWarning)
-            encoded = encode(examples, tokenizer, max_length=max_length, pack=join)
+            encoded = encode(examples, tokenizer, max_length=max_length, pack=join, limit=samples)
         if task in ANSWERED:
             encoded = tuple(e for e in encoded if e.answer is not None)
         if len(encoded) >= samples or len(examples) < limit:
@@ -66,9 +70,34 @@ def load_samples(
         raise InputError(
             f"task {task} needs records with question and answer that fit into {max_length} tokens; found none"
         )
-    notes += [str(w.message) for w in caught]
-    return encoded[:samples], tuple(notes)
+    blank = (f"{rows.blank} of {rows.read} examples hold no visible character and were left out",) if rows.blank else ()
+    return encoded[:samples], (*blank, *(str(w.message) for w in caught))
 
 
-def _example(value: str | Mapping[str, str], text_field: str | None) -> Example:
-    return Example(text=value) if isinstance(value, str) else example_from_record(value, "data", text_field)
+class _Visible:
+    """The examples with a visible character; counts how many were ``read``, and how many were ``blank``."""
+
+    def __init__(self, examples: Iterator[Example]) -> None:
+        self.examples, self.read, self.blank = examples, 0, 0
+
+    def __iter__(self) -> Iterator[Example]:
+        return self
+
+    def __next__(self) -> Example:
+        while True:
+            example = next(self.examples)
+            self.read += 1
+            if example.text.strip():
+                return example
+            self.blank += 1
+
+    @property
+    def nothing(self) -> str:
+        """Why there is none."""
+        if self.read:
+            return "every one is blank"
+        return "there is none (an iterator can be read only once)"
+
+
+def _named(data: Data) -> str:
+    return str(data) + ":" if isinstance(data, (str, Path)) else "data"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from aqnfx.diagnosis.diagnose import diagnose
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.program import Program
+from aqnfx.probes.examples import Data
 from aqnfx.reporting.markdown import report_markdown
 from aqnfx.reporting.report import build_report, save_report
-
-Data = str | Path | Sequence[str | Mapping[str, str]]
 
 
 class IntegratedDiagnostic:

@@ -1,6 +1,8 @@
 """Reading files, encoding with real tokenizers built in the test, and batches of one shape."""
 
+import gzip
 import json
+import os
 import warnings
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from aqnfx.errors import InputError
+from aqnfx.probes import tokens
 from aqnfx.probes.data import (
     DataWarning,
     Encoded,
@@ -83,6 +86,41 @@ def test_parquet(tmp_path):
     assert [e.text for e in load_examples(path, text_field="answer", limit=1)] == ["2"]
 
 
+def test_tables(tmp_path):
+    rows = 'id,question,answer\r\n1,"1+1?",2\r\n\r\n2,"a ""b"",\nc",4\r\n'
+    assert load_examples(write(tmp_path, "a.csv", "\ufeff" + rows)) == (question(), question('a "b",\nc', "4"))
+    tabs = write(tmp_path, "a.tsv", "id\tbody\n1\tx, y\n2\tz")
+    assert [e.text for e in load_examples(tabs, text_field="body")] == ["x, y", "z"]
+    long = "x" * 200_000  # more than the csv module takes by itself
+    assert load_examples(write(tmp_path, "b.csv", f"text\n{long}\n"))[0].text == long
+
+
+def test_ndjson_is_json_lines(tmp_path):
+    path = write(tmp_path, "a.NDJSON", jsonl({"text": "\u0000 in a string is text"}))
+    assert load_examples(path) == (Example(text="\0 in a string is text"),)
+
+
+def test_lines_without_end_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("aqnfx.probes.data_files._LONGEST", 8)
+    path = write(tmp_path, "a.txt", "äöüäöüäöü\nb\n\nabc")
+    assert [e.text for e in load_examples(path)] == ["äöüä", "öüäö", "ü\nb", "abc"]
+    three = write(tmp_path, "b.txt", "1234567€\n")  # the piece ends inside a character of three bytes
+    assert [e.text for e in load_examples(three)] == ["1234567€"]
+    with pytest.raises(InputError, match=r"c\.jsonl:1: is longer than"):
+        load_examples(write(tmp_path, "c.jsonl", jsonl({"text": "abc"})))
+
+
+def test_pipes_and_devices_are_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    for path in (tmp_path / "fifo.jsonl", "/dev/zero"):
+        with pytest.raises(InputError, match="is a pipe or a device"):
+            load_examples(path)
+    with pytest.raises(InputError, match=r"cannot be read|no such file"):
+        load_examples("x" * 5000)
+    with pytest.raises(InputError, match="no such file"):
+        load_examples("a\0b")
+
+
 def test_plain_text(tmp_path):
     assert [e.text for e in load_examples(write(tmp_path, "a.txt", SEPARATED))] == ["one\n\nstill one", "two"]
     blank = write(tmp_path, "b.md", "one\r\nmore\r\n \r\n\r\ntwo\n\n")
@@ -118,6 +156,18 @@ def test_a_limit_reads_no_further_than_the_first_lines_of_text(tmp_path):
         ("a.jsonl", jsonl({"text": "a"}, {"text": 3}), {}, r"a\.jsonl:2: field 'text' must be a string, found int"),
         ("a.jsonl", jsonl({"question": "a", "answer": None}), {}, "found NoneType"),
         ("a.parquet", "not parquet at all", {}, "not a readable parquet file"),
+        ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", {}, r"a\.jsonl:1: is not valid JSON"),
+        ("a.jsonl", '{"text": "ab\\udfff"}', {}, r"a\.jsonl:1: field 'text': character 2 is .*half of a surrogate pair"),
+        ("a.json", "[\n", {}, r"a\.json:1: .* write each element of an array on its own line"),
+        ("a.txt", b"ok\nN\0U\0L\n", {}, r"a\.txt:2: holds a NUL byte"),
+        ("a.txt", "ok".encode("utf-16"), {}, "is UTF-16 text; convert it"),
+        ("a.jsonl", gzip.compress(b"{}"), {}, "is compressed with gzip; unpack it"),
+        ("a.txt", b"PAR1....", {}, "name it .parquet"),
+        ("a.csv", "a,b\n1,2\n", {}, "no field 'text'.*found 'a', 'b'"),
+        ("a.csv", "text,b\nx\n", {}, r"a\.csv:2: has 1 fields, and the first row names 2"),
+        ("a.csv", "text,text\nx,y\n", {}, "names a column twice"),
+        ("a.csv", 'text\n"open\n', {}, "is not a valid table .*quotes"),
+        ("a.tsv", "text\n", {}, "no usable example"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, options, message):
@@ -195,6 +245,53 @@ def test_pack_loses_nothing_and_pads_nothing():
         encoded = encode([Example(text="abc"), Example(text="defgh")], tok, max_length=4, pack=True)
     assert [len(e.input_ids) for e in encoded] == [4, 4, 2]
     assert tok.decode([i for e in encoded for i in e.input_ids]).replace(" ", "") == "<s>abc<s>defgh"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "pieces"),
+    [
+        ("<s> $A", "<s>abc", "<s>abc"),
+        ("<s> $A </s>", "<s>abc</s>", "<s>abc</s>"),
+        ("$A </s>", "<s>abc</s>", "<s>abc</s>"),
+        ("<s> $A </s>", "abc", "<s>abc</s>"),
+        (None, "<s><s>abc</s></s>", "<s><s>abc</s></s>"),  # the tokenizer adds nothing: the text is what it is
+        ("<s> $A", "ab<s>", "<s>ab<s>"),
+    ],
+)
+def test_special_tokens_of_a_text_are_not_added_again(template, text, pieces):
+    tok = tokenizer(template)
+    for pack in (False, True):
+        (encoded,) = encode([Example(text=text)], tok, max_length=64, pack=pack)
+        assert "".join(tok.convert_ids_to_tokens(list(encoded.input_ids))) == pieces
+
+
+def test_special_tokens_of_a_prompt_are_not_added_again():
+    tok = tokenizer("<s> $A </s>", ((":", "2"),))
+    (encoded,) = encode([Example(text="<s>ab:2</s>", prompt="<s>ab:", answer="2</s>")], tok, max_length=64)
+    assert tok.convert_ids_to_tokens(list(encoded.input_ids)) == ["<s>", "a", "b", ":2", "</s>"]
+    assert encoded.answer == (3, 5)
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(monkeypatch):
+    called = []
+
+    def call(tok, text, **options):
+        called.append(len(text) if isinstance(text, str) else sum(map(len, text)))
+        return tokens_call(tok, text, **options)
+
+    tokens_call = tokens._call
+    monkeypatch.setattr(tokens, "_call", call)
+    text, tok = "one two three " * 100_000, tokenizer("<s> $A </s>", (("o", "n"), ("t", "h")))
+    whole = tok(text)["input_ids"]
+    for pack in (False, True):
+        found = encode([Example(text=text)] * 3, tok, max_length=64, pack=pack, limit=3)
+        assert [row.input_ids for row in found] == [tuple(whole[64 * i * pack :][:64]) for i in range(3)]
+        assert [row.truncated for row in found] == [not pack] * 3
+    assert sum(called) < len(text)
+    # One token of all the text: nothing is settled before its end.
+    monkeypatch.setattr(tokens, "_WHOLE", 64)
+    word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a" * 1000: 5, "?": 0}, unk_token="?")))
+    assert tokens.Tokens(word).joined(["a" * 1000], 4) == [5]
 
 
 @pytest.mark.parametrize(

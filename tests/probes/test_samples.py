@@ -77,7 +77,7 @@ def test_exact_match_without_answers_is_an_error(data: list[Any]) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="samples 0 must be at least 1"):
         load_samples(TEXT, tokenizer(), samples=0, max_length=30)
-    with pytest.raises(InputError, match="no examples"):
+    with pytest.raises(InputError, match="data holds no usable example: there is none"):
         load_samples([], tokenizer(), samples=1, max_length=30)
     with pytest.raises(InputError, match="no field 'text'"):
         load_samples([{"body": "x"}], tokenizer(), samples=1, max_length=30)
