@@ -34,8 +34,7 @@ def run_session(
     check_data(data)
     from aqnfx.diagnosis.options import Options
     from aqnfx.probes.journal import discard
-    from aqnfx.reporting.console import print_summary
-    from aqnfx.reporting.report import FILES, save_report
+    from aqnfx.reporting.report import FILES, print_summary, save_report
 
     Options(**options)  # before a directory is made
     check_files_in(out, (*FILES.values(), JOURNAL), {"--data": data})

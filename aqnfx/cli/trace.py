@@ -16,22 +16,10 @@ def command(
     from aqnfx.cli.terminal import Terminal
     from aqnfx.graph.frontend import trace
     from aqnfx.passes.pipeline import Pipeline
-    from aqnfx.reporting.structure import structure_record, structure_table
+    from aqnfx.reporting.structure import print_structure, structure_record
 
     program = Pipeline.parse("tag-layers,tag-ops")(trace(model))
-    record = structure_record(program)
     if json_output:
-        print(json.dumps(record))
+        print(json.dumps(structure_record(program)))
         return
-    console = Terminal()
-    console.print(structure_table(program))
-    outside = record["unattributed"]
-    console.print(
-        f"{record['sites_total']} sites in {len(record['layers'])} layers; {sum(outside.values())} outside of all layers"
-        f" ({', '.join(f'{n} {region}' for region, n in outside.items()) or 'none'}); traced in {record['trace_seconds']:.1f} s"
-    )
-    for note in record["notes"]:
-        console.print(f"note: {note}")
-    if sites:
-        for site in record["sites"]:
-            console.print(f"{site['id']}  [{site['region']}]", soft_wrap=True)
+    print_structure(program, Terminal(), sites=sites)

@@ -12,8 +12,7 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.program import Program
 from aqnfx.probes.examples import Data
-from aqnfx.reporting.markdown import report_markdown
-from aqnfx.reporting.report import build_report, save_report
+from aqnfx.reporting.report import build_report, report_markdown, save_report
 
 
 class IntegratedDiagnostic:

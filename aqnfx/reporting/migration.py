@@ -1,4 +1,4 @@
-"""A migration plan in the terminal and as files: the list as JSON, and as Markdown beside it (``aqnfx.migration/1``)."""
+"""A migration plan as blocks, in the terminal and as files: JSON, and Markdown beside it (``aqnfx.migration/1``)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from aqnfx.diagnosis.mapped import map_facts, perturbation
 from aqnfx.diagnosis.recommend import nothing_distinguishable
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
-from aqnfx.errors import printable
 from aqnfx.planning.divergences import SIGNIFICANT
 from aqnfx.planning.migration import ACTIONS, MigrationStep
 from aqnfx.reporting.artifacts import json_text, write_all
-from aqnfx.reporting.markdown import table
-from aqnfx.reporting.text import escape_markdown as md
-from aqnfx.reporting.text import factor, factor_range, flatten, nats, percent, percent_range
+from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, Text, on_page
+from aqnfx.reporting.kinds import TEXT
+from aqnfx.reporting.method import provenance_blocks
+from aqnfx.reporting.render.markdown import markdown
+from aqnfx.reporting.render.terminal import show
+from aqnfx.reporting.text import factor, factor_range, nats, percent, percent_range
 
 SCHEMA = "aqnfx.migration/1"
 
@@ -58,31 +57,35 @@ def save_migration(record: Mapping[str, Any], path: str | os.PathLike[str]) -> d
 
 
 def print_migration(record: Mapping[str, Any], console: Console) -> None:
-    """Print the list; names are never read as rich markup."""
-    console.print(Text(f"Migration plan for {printable(str(record['model'].get('name')))}", style="bold"))
-    grid = Table(box=box.SIMPLE_HEAD, show_lines=False)
-    for name in ("Priority", "What", "Do", "Why"):
-        grid.add_column(name, overflow="fold", justify="left")
-    for row in rows(record):
-        grid.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(grid)
-    for note in record["notes"]:
-        console.print(Text(printable(note)))
+    """Print the list."""
+    show(migration_blocks(record), console)
 
 
 def migration_markdown(record: Mapping[str, Any]) -> str:
-    """Return the list as GitHub Markdown, ending in a new line; names from outside are escaped."""
-    lines = [f"# Migration plan for {md(record['model'].get('name'))}", ""]
-    lines += [f"{md(note)}  " for note in record["notes"]]
+    """Return the list as GitHub Markdown, ending in a new line."""
+    return markdown(migration_blocks(record))
+
+
+def migration_blocks(record: Mapping[str, Any]) -> tuple[Block, ...]:
+    """Return the blocks of a migration plan: one table in a terminal, a section per priority on a page."""
+    columns = tuple(Column(label=label, kind=TEXT, wraps=True) for label in ("Priority", "What", "Do", "Why"))
+    steps, notes = rows(record), tuple(record["notes"])
+    sections: list[Block] = []
     for priority, action in record["actions"].items():
-        found = [row[1:] for row in rows(record) if row[0] == priority]
-        lines += ["", f"## Priority {priority}: {md(action)}", ""]
-        lines += table(("What", "Do", "Why"), found) if found else ["Nothing."]
+        found = tuple(row[1:] for row in steps if row[0] == priority)
+        table = Table(columns=columns[1:], rows=found) if found else Text(sentences=("Nothing.",))
+        sections += [Heading(text=f"Priority {priority}: {action}"), table]
     about = {"model": record["model"], "map": record["map"]}
     if record["divergences"]:
         about |= {"divergence thresholds": record["divergences"]["thresholds"]}
-    lines += ["", "## Provenance", "", *table(("What", "Value"), flatten(about))]
-    return "\n".join(lines) + "\n"
+    return (
+        Heading(text=f"Migration plan for {record['model'].get('name')}", level=1),
+        Lines(lines=notes, place=Place.PAGE),
+        Table(columns=columns, rows=tuple(steps), spacing=Spacing.INSET, place=Place.TERMINAL),
+        *on_page(*sections),
+        Lines(lines=notes, place=Place.TERMINAL),
+        *provenance_blocks(about),
+    )
 
 
 def rows(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

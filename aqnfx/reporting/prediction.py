@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.text import MISSING, escape_markdown, factor, names, nats, nats_range, percent, percent_range
+from aqnfx.reporting.blocks import Block, Column, Heading, Table, Text, on_page
+from aqnfx.reporting.kinds import (
+    CLASS,
+    COUNT,
+    FACTOR,
+    KL,
+    KL_MEASURED,
+    KL_RANGE,
+    NUMBER,
+    PERCENT,
+    PERCENT_RANGE,
+    TEXT,
+    fixed,
+)
+from aqnfx.reporting.text import MISSING, factor, names, percent
 
 TOP_SITES, TOP_CHANNEL_SITES, TOP_WEIGHTS = 15, 10, 15
-Table = Callable[..., list[str]]
 
 
 def prediction_record(smap: SensitivityMap) -> dict[str, Any]:
@@ -77,107 +89,156 @@ def agreement_sentence(smap: SensitivityMap) -> str | None:
     )
 
 
-def prediction_section(smap: SensitivityMap, report: dict[str, Any], table: Table, where: str) -> list[str]:
-    """Return the lines of the report on predictions; ``table`` makes Markdown tables of escaped cells.
-
-    ``where`` says at which level, or in which format.
-    """
+def prediction_blocks(report: dict[str, Any], where: str) -> tuple[Block, ...]:
+    """Return the section on predictions; ``where`` says at which level, or in which format."""
     record = report.get("prediction") or {}
     if not record:
+        return ()
+    agreement = Table(
+        columns=(
+            Column(label="Level", kind=TEXT),
+            Column(label="Measured probes", kind=COUNT),
+            Column(label="Spearman", kind=fixed(3)),
+            Column(label="Median ratio", kind=FACTOR),
+            Column(label="Within 25 %", kind=PERCENT),
+            Column(label="Worst", kind=TEXT),
+            Column(label="Its ratio", kind=FACTOR),
+            Column(label="Second order", kind=TEXT),
+        ),
+        rows=tuple(_agreement_row(level, found) for level, found in record["agreement"].items()),
+    )
+    sites = Table(
+        columns=(
+            Column(label="Site", kind=TEXT),
+            Column(label="Predicted KL (nats/token)", kind=KL),
+            Column(label="Interval", kind=KL_RANGE),
+            Column(label="Measured KL", kind=KL_MEASURED),
+            Column(label="Interval", kind=KL_RANGE),
+        ),
+        rows=tuple(_site_row(row) for row in record["sites"]),
+    )
+    return on_page(
+        Heading(text="Predictions against measurements"), agreement,
+        Heading(text=f"Sites with the highest predicted cost {where}", level=3), sites,
+        *_thresholds(report), *_channels(record, where), *_outliers(record),
+    )  # fmt: skip
+
+
+def _channels(record: dict[str, Any], where: str) -> list[Block]:
+    if not record["channels"]:
         return []
-    lines = ["## Predictions against measurements", ""]
-    lines += table(
-        ("Level", "Measured probes", "Spearman", "Median ratio", "Within 25 %", "Worst", "Its ratio", "Second order"),
-        [_agreement_row(level, found) for level, found in record["agreement"].items()],
-        right=(1, 2, 3, 4, 6),
+    columns = (
+        Column(label="Site", kind=TEXT),
+        Column(label="Channel", kind=COUNT),
+        Column(label="Of", kind=COUNT),
+        Column(label="Predicted KL (nats/token)", kind=KL),
+        Column(label="Interval", kind=KL_RANGE),
     )
-    lines += ["", f"### Sites with the highest predicted cost {where}", ""]
-    lines += table(
-        ("Site", "Predicted KL (nats/token)", "Interval", "Measured KL", "Interval"),
-        [_site_row(row) for row in record["sites"]],
-        right=(1, 3),
-    )
-    lines += _thresholds(report, table)
-    if record["channels"]:
-        lines += ["", f"### Channels with the highest predicted cost {where}", ""]
-        lines += table(
-            ("Site", "Channel", "Of", "Predicted KL (nats/token)", "Interval"),
-            [(r["site"], r["channel"], r["channels"], nats(r["kl"]), nats_range(r["ci"])) for r in record["channels"]],
-            right=(1, 2, 3),
-        )
-    return lines + _outlier_lines(record, table)
-
-
-def _outlier_lines(record: dict[str, Any], table: Table) -> list[str]:
-    """Return the lines on channels of outlying magnitude."""
-    if not record["outliers"]:
-        return ["", "No channel's mean magnitude reaches the outlier threshold."] if record["channels"] else []
-    rows = [
-        (r["site"], r["channel"], r["of"], factor(r["ratio"]), r["class"], "yes" if r["sensitive"] else "no")
-        for r in record["outliers"]
+    rows = tuple((r["site"], r["channel"], r["channels"], r["kl"], r["ci"]) for r in record["channels"])
+    return [
+        Heading(text=f"Channels with the highest predicted cost {where}", level=3),
+        Table(columns=columns, rows=rows),
     ]
-    share = percent(record["overlap"])
-    lines = ["", "### Channels of outlying magnitude", ""]
-    header = ("Site", "Channel", "Of", "Times the median", "Class", "Among the most sensitive")
-    lines += table(header, rows, right=(1, 2, 3))
-    return [*lines, "", f"Of the outliers of a site, {share} are among its most sensitive channels (mean over sites)."]
 
 
-def _thresholds(report: dict[str, Any], table: Table) -> list[str]:
-    """Return the lines on predicted critical thresholds and what was measured at them."""
+def _outliers(record: dict[str, Any]) -> list[Block]:
+    """Return what is known of channels of outlying magnitude."""
+    if not record["outliers"]:
+        none = "No channel's mean magnitude reaches the outlier threshold."
+        return [Text(sentences=(none,))] if record["channels"] else []
+    columns = (
+        Column(label="Site", kind=TEXT),
+        Column(label="Channel", kind=COUNT),
+        Column(label="Of", kind=COUNT),
+        Column(label="Times the median", kind=FACTOR),
+        Column(label="Class", kind=CLASS),
+        Column(label="Among the most sensitive", kind=TEXT),
+    )
+    rows = tuple(
+        (r["site"], r["channel"], r["of"], r["ratio"], r["class"], "yes" if r["sensitive"] else "no")
+        for r in record["outliers"]
+    )
+    share = f"Of the outliers of a site, {percent(record['overlap'])} are among its most sensitive channels (mean over sites)."
+    return [
+        Heading(text="Channels of outlying magnitude", level=3),
+        Table(columns=columns, rows=rows),
+        Text(sentences=(share,)),
+    ]
+
+
+def _thresholds(report: dict[str, Any]) -> list[Block]:
+    """Return the predicted critical thresholds and what was measured at them."""
     confirmed = report["critical_threshold"].get("confirmed", {})
-    rows = [
+    rows = tuple(
         (
-            f"{one} {key}", MISSING if r.get("predicted_level") is None else f"{r['predicted_level']:.3g}",
-            f"{r['level']:.3g}", percent(r["degradation"]), percent_range(r["degradation_ci"]),
+            f"{one} {key}", r.get("predicted_level"), r["level"], r["degradation"], r["degradation_ci"],
             "yes" if r["holds"] else "no",
         )
         for one, name in (("operator", "operators"), ("layer", "layers"))
         for key, r in confirmed.get(name, {}).items()
-    ]  # fmt: skip
+    )  # fmt: skip
     if not rows:
         return []
-    header = ("What", "Predicted level for 10 %", "Level measured at", "Degradation there", "Interval", "Contains 10 %")
-    lines = ["", "### Critical thresholds, predicted and then measured", "", *table(header, rows, right=(1, 2, 3))]
+    columns = (
+        Column(label="What", kind=TEXT),
+        Column(label="Predicted level for 10 %", kind=NUMBER),
+        Column(label="Level measured at", kind=NUMBER),
+        Column(label="Degradation there", kind=PERCENT),
+        Column(label="Interval", kind=PERCENT_RANGE),
+        Column(label="Contains 10 %", kind=TEXT),
+    )
     note = "Where the measurement at the predicted level missed 10 %, the level was moved once, and the closer one stands here."
-    return [*lines, "", note]
+    return [
+        Heading(text="Critical thresholds, predicted and then measured", level=3),
+        Table(columns=columns, rows=rows),
+        Text(sentences=(note,)),
+    ]
 
 
-def weight_section(report: dict[str, Any], table: Table) -> list[str]:
-    """Return the lines on the classical metric per weight, largest first."""
+def weight_blocks(report: dict[str, Any]) -> tuple[Block, ...]:
+    """Return the section on the classical metric per weight, largest first."""
     record = report.get("weights") or {}
     if not record:
-        return []
-    rows = [
-        (name, nats(v["value"]), MISSING if v["error"] is None else nats(v["error"]), nats(v["mean"]), v["size"])
-        for name, v in list(record["values"].items())[:TOP_WEIGHTS]
-    ]
-    header = ("Weight", "Trace (nats/token)", "Standard error", "Per element", "Elements")
+        return ()
+    columns = (
+        Column(label="Weight", kind=TEXT),
+        Column(label="Trace (nats/token)", kind=KL),
+        Column(label="Standard error", kind=KL),
+        Column(label="Per element", kind=KL),
+        Column(label="Elements", kind=COUNT),
+    )
+    rows = tuple(
+        (name, v["value"], v["error"], v["mean"], v["size"]) for name, v in list(record["values"].items())[:TOP_WEIGHTS]
+    )
     more = len(record["values"]) - len(rows)
-    lines = [f"## Weights by {escape_markdown(record['metric'])}", "", f"{escape_markdown(record['source'])}."]
-    return [*lines, "", *table(header, rows, right=(1, 2, 3, 4)), *(["", f"{more} more are in the map."] if more > 0 else [])]
+    rest = [Text(sentences=(f"{more} more are in the map.",))] if more > 0 else []
+    return on_page(
+        Heading(text=f"Weights by {record['metric']}"),
+        Text(sentences=(f"{record['source']}.",)),
+        Table(columns=columns, rows=rows),
+        *rest,
+    )
 
 
 def _named(worst: dict[str, Any]) -> str:
     return "all sites together" if worst["kind"] == "all" else f"{worst['kind']} {worst['key']}"
 
 
-def _agreement_row(level: str, found: dict[str, Any]) -> Sequence[Any]:
-    rank = MISSING if found["spearman"] is None else f"{found['spearman']:.3f}"
+def _agreement_row(level: str, found: dict[str, Any]) -> tuple[Any, ...]:
     worst = found["worst"]
     verdict = "fails" if found["second_order_fails"] else "not settled" if found.get("unsettled") else "holds"
     return (
-        level, found["probes"], rank, factor(found["median_ratio"]), percent(found["within_25_percent"]),
-        _named(worst), factor(worst["ratio"]), verdict,
+        level, found["probes"], found["spearman"], found["median_ratio"], found["within_25_percent"], _named(worst),
+        worst["ratio"], verdict,
     )  # fmt: skip
 
 
-def _site_row(row: dict[str, Any]) -> Sequence[Any]:
-    measured = row["measured"] or {}
-    return (
-        row["id"], nats(row["predicted"]["kl"]), nats_range(row["predicted"]["ci"]),
-        nats(measured["kl"]) if measured else "not measured", nats_range(measured.get("ci")) if measured else MISSING,
-    )  # fmt: skip
+def _site_row(row: dict[str, Any]) -> tuple[Any, ...]:
+    predicted, measured = row["predicted"], row["measured"]
+    if not measured:
+        return row["id"], predicted["kl"], predicted["ci"], None, None
+    kl = MISSING if measured["kl"] is None else measured["kl"]
+    return row["id"], predicted["kl"], predicted["ci"], kl, measured.get("ci")
 
 
 def estimates_sentence(smap: SensitivityMap) -> str | None:

@@ -1,4 +1,4 @@
-"""From a sensitivity map to its report: one record (``aqnfx.diagnosis/1``) and the files that hold it."""
+"""From a sensitivity map to its report: one record (``aqnfx.diagnosis/1``), the files that hold it, and the terminal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from aqnfx.diagnosis.recommend import recommend
 from aqnfx.diagnosis.sensitivity import SCHEMA as MAP_SCHEMA
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.reporting.artifacts import check_output_dir, json_text, read_json, write_all
-from aqnfx.reporting.markdown import report_markdown
 from aqnfx.reporting.prediction import prediction_record
+from aqnfx.reporting.render.markdown import markdown
+from aqnfx.reporting.render.terminal import show
+from aqnfx.reporting.sensitivity import map_blocks
 from aqnfx.reporting.summary import summary_sentences, title
 
 SCHEMA = "aqnfx.diagnosis/1"
@@ -57,6 +61,16 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = jsonable(record)
     return cleaned
+
+
+def report_markdown(smap: SensitivityMap, report: dict[str, Any]) -> str:
+    """Return the report as GitHub Markdown, ending in a new line; ``report`` is what :func:`build_report` makes of ``smap``."""
+    return markdown(map_blocks(smap, report))
+
+
+def print_summary(smap: SensitivityMap, console: Console) -> None:
+    """Print summary, operator ranking, layer by level table, windows and recommendations; fits 80 columns."""
+    show(map_blocks(smap, build_report(smap)), console)
 
 
 def save_report(smap: SensitivityMap, directory: str | os.PathLike[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""A scan in the terminal and as files: ``scan.json`` and a short ``scan.md``."""
+"""A scan as blocks, in the terminal and as files: ``scan.json`` and a short ``scan.md``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from aqnfx.diagnosis.scan import Scan
 from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
-from aqnfx.errors import printable
 from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
-from aqnfx.reporting.markdown import table
-from aqnfx.reporting.text import MISSING, flatten, percent
-from aqnfx.reporting.text import escape_markdown as md
+from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Note, Place, Table, Text, on_page
+from aqnfx.reporting.kinds import CLASS, COUNT, DECIBEL, NUMBER, PERCENT, TEXT, fixed
+from aqnfx.reporting.method import provenance_blocks
+from aqnfx.reporting.render.markdown import markdown
+from aqnfx.reporting.render.terminal import show
 
 FILES = {"scan": "scan.json", "markdown": "scan.md"}
 WORST, REMARKS = 10, 3
 Records = dict[str, dict[str, dict[str, Any]]]
-_STYLE = {"critical": "bold red", "recommended": "yellow", "optional": "cyan", "skip": "green"}
 _DECISION = (
     "Classes of training noise, by SQNR: below 18 dB critical; 18 to 20 dB with more than 10 % of the values in the dead"
     " zone recommended; 18 to 22 dB otherwise optional; above 22 dB skip. SQNR counts every value alike: it does not say how"
@@ -42,47 +39,114 @@ def save_scan(scan: Scan, directory: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def print_scan(scan: Scan, console: Console) -> None:
-    """Print a row per format, the worst weights, remarks and what it took; names are never read as rich markup."""
-    console.print(Text(f"Formats for the weights of {scan.model['name']}", style="bold"))
-    console.print()
-    console.print(_formats("Formats: SQNR in dB, and number of weights by class of training noise", scan, scan.summary))
-    console.print(_worst("weights", scan, scan.weights, scan.weight_facts))
-    if scan.activations:
-        title = "Activations: SQNR in dB, and number of sites by class"
-        console.print(_formats(title, scan, scan.activation_summary))
-        console.print(_worst("activations", scan, scan.activations, scan.activation_facts))
-    for line in [*scan.notes, *_remarks(scan)]:
-        console.print(Text(printable(line)))
-    console.print(Text(f"{_DECISION} {_cost(scan)}"))
+    """Print a row per format, the worst weights, remarks and what it took."""
+    show(scan_blocks(scan), console)
 
 
-def _formats(title: str, scan: Scan, summaries: dict[str, dict[str, Any]]) -> Table:
-    grid = _table(title)
-    grid.add_column("Format", overflow="fold", min_width=8)
-    for heading in ("Bits", "Median", "Worst", *CLASSES):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for name, summary in summaries.items():
-        counts = [Text(str(summary["classes"][kind]), style=_STYLE[kind]) for kind in CLASSES]
-        grid.add_row(
-            Text(name), f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(summary["median_sqnr_db"])),
-            _decibel(summary["worst"]["sqnr_db"]), *counts,
-        )  # fmt: skip
-    return grid
+def scan_markdown(scan: Scan) -> str:
+    """Return a scan as GitHub Markdown, ending in a new line."""
+    return markdown(scan_blocks(scan))
 
 
-def _worst(what: str, scan: Scan, records_of: Records, about: dict[str, dict[str, Any]]) -> Table:
-    """Return the weights (or activations) with the lowest SQNR in any format, and what may explain it."""
+def scan_blocks(scan: Scan) -> tuple[Block, ...]:
+    """Return the blocks of a scan: formats, the worst weights and activations, remarks, and what it took."""
+    return (
+        Heading(text=f"Formats for the weights of {scan.model['name']}", level=1),
+        Gap(),
+        _formats("Formats: SQNR in dB, and number of weights by class of training noise", "weight", scan, scan.summary),
+        Text(sentences=(_DECISION,), place=Place.PAGE),
+        *_rankings("weights", 2, scan.ranking, scan.weights, scan.weight_facts),
+        _worst("Weight", "weights", scan, scan.weights, scan.weight_facts),
+        *_activations(scan),
+        *(Note(text=note) for note in [*scan.notes, *_remarks(scan)]),
+        Text(sentences=(f"{_DECISION} {_cost(scan)}",), place=Place.TERMINAL),
+        *provenance_blocks({"model": scan.model} | scan.provenance),
+        Text(sentences=(_cost(scan),), place=Place.PAGE),
+    )
+
+
+def _activations(scan: Scan) -> list[Block]:
+    if not scan.activations:
+        return []
+    title = "Activations: SQNR in dB, and number of sites by class"
+    return [
+        Heading(text="Activations", place=Place.PAGE),
+        _formats(title, "site", scan, scan.activation_summary),
+        *_rankings("activations", 3, scan.activation_ranking, scan.activations, scan.activation_facts),
+        _worst("Module", "activations", scan, scan.activations, scan.activation_facts),
+    ]
+
+
+def _formats(caption: str, what: str, scan: Scan, summaries: dict[str, dict[str, Any]]) -> Table:
+    """Return a row per format: what it takes, its errors, and how many weights (or sites) are of each class."""
+    columns = (
+        Column(label="Format", kind=TEXT, wraps=True, least=8),
+        Column(label="Bits per value", kind=fixed(2), short="Bits"),
+        Column(label="Median SQNR, dB", kind=DECIBEL, short="Median"),
+        Column(label="Worst SQNR, dB", kind=DECIBEL, short="Worst"),
+        Column(label=f"Worst {what}", kind=TEXT, place=Place.PAGE),
+        *(Column(label=kind, kind=COUNT) for kind in CLASSES),
+    )
+    rows = tuple(
+        (
+            name, scan.formats[name]["bits"], _finite(found["median_sqnr_db"]), found["worst"]["sqnr_db"],
+            found["worst"]["module"], *(Cell(value=found["classes"][kind], tone=kind) for kind in CLASSES),
+        )
+        for name, found in summaries.items()
+    )  # fmt: skip
+    return Table(columns=columns, rows=rows, caption=caption)
+
+
+def _worst(label: str, what: str, scan: Scan, records_of: Records, about: dict[str, dict[str, Any]]) -> Table:
+    """Return the weights (or activations) with the lowest SQNR in any format, and what may explain it, for a terminal."""
     lowest = {module: min(map(sqnr_or_infinity, records.values())) for module, records in records_of.items()}
     modules = sorted(lowest, key=lambda module: (lowest[module], module))[:WORST]
-    grid = _table(f"The {len(modules)} worst of {len(lowest)} {what}, by their lowest SQNR in dB")
-    grid.add_column("Module" if what == "activations" else "Weight", overflow="fold", ratio=1, min_width=20)
-    for heading in (*scan.formats, "Outliers", "Kurtosis"):
-        grid.add_column(Text(heading), justify="right", overflow="fold")
+    columns = (
+        Column(label=label, kind=TEXT, wraps=True, share=1, least=20),
+        *(Column(label=name, kind=DECIBEL, wraps=True) for name in scan.formats),
+        Column(label="Outliers", kind=NUMBER, wraps=True),
+        Column(label="Kurtosis", kind=NUMBER, wraps=True),
+    )
+    rows = []
     for module in modules:
         records, facts = records_of[module], about[module]
-        cells = [Text(_decibel(records[name]["sqnr_db"]), style=_STYLE[records[name]["class"]]) for name in scan.formats]
-        grid.add_row(Text(printable(module)), *cells, _factor(facts["outlier_ratio"]), _factor(facts["kurtosis"]))
-    return grid
+        cells = (Cell(value=records[name]["sqnr_db"], tone=records[name]["class"]) for name in scan.formats)
+        rows.append((module, *cells, facts["outlier_ratio"], facts["kurtosis"]))
+    caption = f"The {len(modules)} worst of {len(lowest)} {what}, by their lowest SQNR in dB"
+    return Table(columns=columns, rows=tuple(rows), caption=caption, place=Place.TERMINAL)
+
+
+def _rankings(
+    what: str, level: int, rankings: dict[str, list[dict[str, Any]]], records_of: Records, about: dict[str, dict[str, Any]]
+) -> tuple[Block, ...]:
+    """Return the worst weights (or activations) of each format, with all that is known of them, for a page."""
+    columns = (
+        Column(label="#", kind=COUNT),
+        Column(label="Module", kind=TEXT),
+        Column(label="SQNR, dB", kind=DECIBEL),
+        Column(label="Dead zone", kind=PERCENT),
+        Column(label="Saturation", kind=PERCENT),
+        Column(label="Relative error", kind=PERCENT),
+        Column(label="Outliers", kind=NUMBER),
+        Column(label="Kurtosis", kind=NUMBER),
+        Column(label="Class", kind=CLASS),
+        Column(label="σ", kind=TEXT),
+    )
+    found: list[Block] = []
+    for name, ranking in rankings.items():
+        rows = tuple(
+            _ranked(row, records_of[row["module"]][name], about[row["module"]]) for row in ranking[:WORST]
+        )
+        found += [Heading(text=f"{name}: the worst {what}", level=level), Table(columns=columns, rows=rows)]
+    return on_page(*found)
+
+
+def _ranked(row: dict[str, Any], record: dict[str, Any], facts: dict[str, Any]) -> tuple[Any, ...]:
+    sigma = "none" if record["sigma"] is None else " to ".join(f"{value:g}" for value in record["sigma"])
+    return (
+        row["rank"], row["module"], record["sqnr_db"], record["dead_zone"], record["saturation"], record["relative_error"],
+        facts["outlier_ratio"], facts["kurtosis"], record["class"], sigma,
+    )  # fmt: skip
 
 
 def _remarks(scan: Scan) -> list[str]:
@@ -102,63 +166,5 @@ def _cost(scan: Scan) -> str:
     )
 
 
-def scan_markdown(scan: Scan) -> str:
-    """Return a scan as GitHub Markdown, ending in a new line; names from outside are escaped."""
-    lines = [f"# Formats for the weights of {md(scan.model['name'])}", "", *_summary(scan, "weight", scan.summary)]
-    lines += ["", md(_DECISION)]
-    for name, ranking in scan.ranking.items():
-        found = _ranking(ranking[:WORST], {m: r[name] for m, r in scan.weights.items()}, scan.weight_facts)
-        lines += ["", f"## {md(name)}: the worst weights", "", *found]
-    if scan.activations:
-        lines += ["", "## Activations", "", *_summary(scan, "site", scan.activation_summary)]
-        for name, ranking in scan.activation_ranking.items():
-            found = _ranking(ranking[:WORST], {m: r[name] for m, r in scan.activations.items()}, scan.activation_facts)
-            lines += ["", f"### {md(name)}: the worst activations", "", *found]
-    for note in [*scan.notes, *_remarks(scan)]:
-        lines += ["", f"> {md(note)}"]
-    lines += ["", "## Provenance", "", *table(("What", "Value"), flatten({"model": scan.model} | scan.provenance))]
-    return "\n".join([*lines, "", md(_cost(scan))]) + "\n"
-
-
-def _summary(scan: Scan, what: str, summaries: dict[str, dict[str, Any]]) -> list[str]:
-    header = ("Format", "Bits per value", "Median SQNR, dB", "Worst SQNR, dB", f"Worst {what}", *CLASSES)
-    rows = [
-        (
-            name, f"{scan.formats[name]['bits']:.2f}", _decibel(_finite(found["median_sqnr_db"])),
-            _decibel(found["worst"]["sqnr_db"]), found["worst"]["module"], *(found["classes"][kind] for kind in CLASSES),
-        )
-        for name, found in summaries.items()
-    ]  # fmt: skip
-    return table(header, rows, right=(1, 2, 3, *range(5, 5 + len(CLASSES))))
-
-
-def _ranking(
-    ranking: list[dict[str, Any]], records: dict[str, dict[str, Any]], about: dict[str, dict[str, Any]]
-) -> list[str]:
-    header = ("#", "Module", "SQNR, dB", "Dead zone", "Saturation", "Relative error", "Outliers", "Kurtosis", "Class", "σ")
-    rows = []
-    for row in ranking:
-        record, facts = records[row["module"]], about[row["module"]]
-        sigma = "none" if record["sigma"] is None else " to ".join(f"{value:g}" for value in record["sigma"])
-        rows.append((
-            row["rank"], row["module"], _decibel(record["sqnr_db"]), percent(record["dead_zone"]),
-            percent(record["saturation"]), percent(record["relative_error"]), _factor(facts["outlier_ratio"]),
-            _factor(facts["kurtosis"]), record["class"], sigma,
-        ))  # fmt: skip
-    return table(header, rows, right=(0, 2, 3, 4, 5, 6, 7))
-
-
 def _finite(value: float) -> float | None:
     return value if abs(value) != float("inf") else None
-
-
-def _decibel(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
-
-
-def _factor(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3g}"
-
-
-def _table(title: str) -> Table:
-    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

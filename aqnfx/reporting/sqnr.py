@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.text import MISSING, nats
-
-Table = Callable[..., list[str]]
+from aqnfx.reporting.blocks import Block, Column, Heading, Table, Text, on_page
+from aqnfx.reporting.kinds import COUNT, DECIBEL, KL, TEXT
+from aqnfx.reporting.text import MISSING
 
 
 def sqnr_sentence(smap: SensitivityMap) -> str | None:
@@ -27,29 +26,35 @@ def sqnr_sentence(smap: SensitivityMap) -> str | None:
     )
 
 
-def sqnr_section(smap: SensitivityMap, table: Table) -> list[str]:
-    """Return the lines of the report on sites that their SQNR misjudges; ``table`` makes Markdown tables of escaped cells."""
+def sqnr_blocks(smap: SensitivityMap) -> tuple[Block, ...]:
+    """Return the section on sites that their SQNR misjudges."""
     found: dict[str, Any] = smap.sqnr
     if not found:
-        return []
-    rows = [
-        (
-            r["id"], f"{r['sqnr_db']:.1f}", r["sqnr_rank"], nats(r["kl"]), r["kl_rank"], _verdict(r),
-            "yes" if r["measured"] else "no",
-        )
-        for r in found["misled"]
-    ]  # fmt: skip
-    lines = ["## Where SQNR alone would have misled", ""]
+        return ()
+    heading = Heading(text="Where SQNR alone would have misled")
     note = (
         "SQNR is the error of a site relative to its own size; KL also holds how much the output depends on it. Rank 1 is the "
         "lowest SQNR, and the highest KL."
     )
-    if not rows:
-        return [*lines, f"{note} No site's ranks are further apart than a quarter of all {found['sites']}."]
-    header = ("Site", "SQNR, dB", "Rank", "KL (nats/token)", "Rank", "SQNR would", "KL measured")
+    if not found["misled"]:
+        none = f"No site's ranks are further apart than a quarter of all {found['sites']}."
+        return on_page(heading, Text(sentences=(note, none)))
+    columns = (
+        Column(label="Site", kind=TEXT),
+        Column(label="SQNR, dB", kind=DECIBEL),
+        Column(label="Rank", kind=COUNT),
+        Column(label="KL (nats/token)", kind=KL),
+        Column(label="Rank", kind=COUNT),
+        Column(label="SQNR would", kind=TEXT),
+        Column(label="KL measured", kind=TEXT),
+    )
+    rows = tuple(
+        (r["id"], r["sqnr_db"], r["sqnr_rank"], r["kl"], r["kl_rank"], _verdict(r), "yes" if r["measured"] else "no")
+        for r in found["misled"]
+    )
     more = found.get("far", len(rows)) - len(rows)
-    lines += [note, "", *table(header, rows, right=(1, 2, 3, 4))]
-    return [*lines, "", f"{more} more are further apart than a quarter of all sites."] if more > 0 else lines
+    rest = [Text(sentences=(f"{more} more are further apart than a quarter of all sites.",))] if more > 0 else []
+    return on_page(heading, Text(sentences=(note,)), Table(columns=columns, rows=rows), *rest)
 
 
 def _verdict(row: dict[str, Any]) -> str:

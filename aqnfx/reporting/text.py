@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "n/a"
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def percent(fraction: float | None) -> str:
@@ -47,6 +45,14 @@ def factor(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}"
 
 
+def quantity(value: float) -> str:
+    """Return a number with a decimal prefix, ready for its unit: ``1.23 G``, ``45.0 M``, ``678 `` below a thousand."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.0f} "
+
+
 def half_width(ci: Sequence[float | None] | None) -> float | None:
     """Return half the width of an interval, ``None`` where it is undefined."""
     low, high = pair(ci)
@@ -72,17 +78,7 @@ def names(items: Sequence[Any], *, limit: int = 8) -> str:
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
-def escape_markdown(text: Any) -> str:
-    """Return text for GitHub Markdown, tables included, that shows as it is: no markup, HTML, math or new line."""
-    line = " ".join(str(text).split())
-    line = "".join(character for character in line if character.isprintable())
-    line = re.sub(r"[\\`|*\[\]~$]", r"\\\g<0>", line)
-    # An underscore between letters or digits, as in self_attn, is no emphasis on GitHub and stays readable.
-    line = re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", lambda found: r"\_" * len(found[0]), line)
-    return "".join(_HTML.get(character, character) for character in line)
-
-
-def flatten(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return nested plain values as ``("model.name", "…")`` rows in order, empty values left out."""
     rows: list[tuple[str, str]] = []
     for key, value in record.items():

@@ -21,8 +21,7 @@ from aqnfx.numerics.formats import relative_error
 from aqnfx.numerics.metrics import sensitivity_score
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.measurements import Measurements
-from aqnfx.reporting.markdown import report_markdown
-from aqnfx.reporting.report import build_report
+from aqnfx.reporting.report import build_report, report_markdown
 from aqnfx.reporting.sqnr import sqnr_sentence
 from tests.cli.tiny import TEXT, save_model
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from aqnfx.diagnosis.analysis import Analysis, analyze
 from aqnfx.errors import InputError
 from aqnfx.graph.structure import Structure
-from aqnfx.reporting.analysis import analysis_graphml, print_analysis, quantity, save_analysis
+from aqnfx.reporting.analysis import analysis_graphml, print_analysis, save_analysis
 from aqnfx.reporting.analysis_svg import analysis_svg
+from aqnfx.reporting.text import quantity
 from tests.diagnosis.test_analysis import HEAD, NORM, cost, join, record
 from tests.graph.small import Stack, traced
 

@@ -10,7 +10,7 @@ from synthetic_run import provenance, run
 
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.console import print_summary
+from aqnfx.reporting.report import print_summary
 
 
 def shown(smap: SensitivityMap, width: int = 80, encoding: str = "utf-8") -> str:

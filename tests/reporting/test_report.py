@@ -15,8 +15,9 @@ from synthetic_run import provenance, run
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
-from aqnfx.reporting.markdown import report_markdown, table
-from aqnfx.reporting.report import build_report, load_map, save_report
+from aqnfx.reporting.blocks import Column, Table
+from aqnfx.reporting.kinds import TEXT
+from aqnfx.reporting.report import build_report, load_map, report_markdown, save_report
 from aqnfx.reporting.text import percent, percent_range
 
 EVIL = "a|b `c` <script>alert(1)</script> **d** [e](http://x) $f$ __g__\n# h"
@@ -147,7 +148,7 @@ def test_names_from_outside_cannot_add_markup() -> None:
 
 def test_table_refuses_ragged_rows() -> None:
     with pytest.raises(ValueError, match="1 cells under 2 columns"):
-        table(("a", "b"), [("1",)])
+        Table(columns=(Column(label="a", kind=TEXT), Column(label="b", kind=TEXT)), rows=(("1",),))
 
 
 def test_saved_files_read_back(smap: SensitivityMap, tmp_path: Path) -> None:

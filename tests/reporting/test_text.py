@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from aqnfx.reporting.render.markdown import escape
 from aqnfx.reporting.text import (
-    escape_markdown,
     factor,
     flatten,
     half_width,
@@ -60,7 +60,7 @@ def test_names() -> None:
     ],
 )
 def test_escape(raw: str, escaped: str) -> None:
-    assert escape_markdown(raw) == escaped
+    assert escape(raw) == escaped
 
 
 def test_flatten() -> None:

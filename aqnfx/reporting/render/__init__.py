@@ -1,0 +1,1 @@
+"""How blocks look: in a terminal, as GitHub Markdown, as HTML."""
