@@ -13,7 +13,7 @@ from aqnfx.diagnosis.analysis import Analysis
 from aqnfx.errors import printable
 from aqnfx.reporting.analysis_svg import analysis_svg
 from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
-from aqnfx.reporting.blocks import Block, Column, Gap, Heading, Table, Text
+from aqnfx.reporting.blocks import Block, Column, Gap, Heading, Table, of_kinds, say
 from aqnfx.reporting.kinds import COUNT, KL, NUMBER, PERCENT, QUANTITY, TEXT
 from aqnfx.reporting.render.terminal import show
 from aqnfx.reporting.text import factor_range, names, percent, quantity, window_name
@@ -70,13 +70,13 @@ def analysis_blocks(analysis: Analysis) -> tuple[Block, ...]:
     cut = [site.id for site in found.sites if not site.reaches_output and site.region != "position"]
     return (
         Heading(text=f"Structure of {analysis.model.get('name', 'the model')}", level=1),
-        Text(sentences=(totals,)),
+        say(totals),
         Gap(),
         _kinds(analysis),
-        Text(sentences=(_groups(analysis),)),
-        *([Text(sentences=(f"Without a path to the output: {names(cut)}.",))] if cut else []),
+        say(_groups(analysis)),
+        *([say(f"Without a path to the output: {names(cut)}.")] if cut else []),
         *([Gap(), *_critical(analysis), _sites(analysis), *_error_flow(analysis)] if analysis.map else []),
-        *(Text(sentences=(f"Note: {note}",)) for note in analysis.notes),
+        *(say(f"Note: {note}") for note in analysis.notes),
     )
 
 
@@ -124,7 +124,7 @@ def _error_flow(analysis: Analysis) -> list[Block]:
                 f"{window_name(w['layers'])} ({w['amplification']:.2g}×, {factor_range(w['ci'])})" for w in windows[:LISTED]
             )
             said.append(f"Together {verdict}: layers {listed}.")
-    return [Text(sentences=tuple(said))]
+    return [say(*said)]
 
 
 def _critical(analysis: Analysis) -> list[Block]:
@@ -145,15 +145,10 @@ def _critical(analysis: Analysis) -> list[Block]:
 def _kinds(analysis: Analysis) -> Table:
     """A row per operator kind: sums of its sites, and how many of them are bound by computing."""
     found = analysis.structure
-    columns = (
-        Column(label="Operation", kind=TEXT),
-        Column(label="Sites", kind=COUNT),
-        Column(label="FLOP", kind=QUANTITY),
-        Column(label="Bytes moved", kind=QUANTITY),
-        Column(label="Parameters", kind=QUANTITY),
-        Column(label="FLOP/byte", kind=NUMBER),
-        Column(label="Compute-bound", kind=COUNT),
-    )
+    columns = of_kinds(
+        ("Operation", TEXT), ("Sites", COUNT), ("FLOP", QUANTITY), ("Bytes moved", QUANTITY),
+        ("Parameters", QUANTITY), ("FLOP/byte", NUMBER), ("Compute-bound", COUNT),
+    )  # fmt: skip
     rows = []
     kinds = collections.Counter(site.op for site in found.sites)
     for kind in sorted(kinds, key=lambda k: (-sum(s.flops for s in found.sites if s.op == k), k)):

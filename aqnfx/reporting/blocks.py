@@ -29,45 +29,47 @@ class Spacing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heading:
+class Placed:
+    """Something that is shown everywhere, or in some places only."""
+
+    place: Place = Place.EVERYWHERE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heading(Placed):
     """A heading of level 1 (of the whole), 2 or 3."""
 
     text: str
     level: int = 2
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(Placed):
     """Sentences: one paragraph on a page, a line each in a terminal."""
 
     sentences: tuple[str, ...]
     strong: bool = False
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lines:
+class Lines(Placed):
     """Lines that stay lines on a page too."""
 
     lines: tuple[str, ...]
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class Note(Placed):
     """A remark on the whole, set apart on a page."""
 
     text: str
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bullets:
+class Bullets(Placed):
     """Remarks that belong together: a list on a page, a line each in a terminal."""
 
     items: tuple[str, ...]
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +82,10 @@ class Definition:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Definitions:
+class Definitions(Placed):
     """Names, and what is said of each."""
 
     items: tuple[Definition, ...]
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +100,14 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Advices:
+class Advices(Placed):
     """Things to do, in order."""
 
     items: tuple[Advice, ...]
-    place: Place = Place.EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class Figure(Placed):
     """A picture in a file that lies beside the page; ``file`` is its name."""
 
     file: str
@@ -116,14 +116,14 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gap:
+class Gap(Placed):
     """An empty line in a terminal; pages set blocks apart by themselves."""
 
     place: Place = Place.TERMINAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class Column(Placed):
     """A column of a table: what stands above it and the kind of its values.
 
     ``short``: the label where room is short, ``None`` for the same one. ``wraps``: long values are folded there; then
@@ -134,7 +134,6 @@ class Column:
     label: str
     kind: Kind
     short: str | None = None
-    place: Place = Place.EVERYWHERE
     wraps: bool = False
     share: int = 0
     least: int = 0
@@ -155,7 +154,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class Table(Placed):
     """Rows of values under columns; a value may stand in a :class:`Cell`. Raises ``ValueError`` for a ragged row.
 
     ``caption`` stands above it in a terminal, a heading does on a page. ``brief`` are the rows that a terminal shows, all
@@ -167,7 +166,6 @@ class Table:
     caption: str = ""
     spacing: Spacing = Spacing.FLUSH
     brief: tuple[int, ...] | None = None
-    place: Place = Place.EVERYWHERE
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -191,6 +189,16 @@ def shown_columns(table: Table, place: Place) -> list[tuple[int, Column]]:
 def cell(value: Any) -> Cell:
     """Return a value of a row as a :class:`Cell`."""
     return value if isinstance(value, Cell) else Cell(value=value)
+
+
+def of_kinds(*named: tuple[str, Kind]) -> tuple[Column, ...]:
+    """Return columns of which only the label and the kind of the values are told."""
+    return tuple(Column(label=label, kind=kind) for label, kind in named)
+
+
+def say(*sentences: str, place: Place = Place.EVERYWHERE) -> Text:
+    """Return sentences as a block."""
+    return Text(sentences=sentences, place=place)
 
 
 def on_page(*blocks: Any) -> tuple[Block, ...]:

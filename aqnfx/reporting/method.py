@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.blocks import Block, Column, Heading, Table, Text, on_page
+from aqnfx.reporting.blocks import Block, Column, Heading, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import TEXT, fixed
 from aqnfx.reporting.text import MISSING, flatten, percent
 
@@ -24,7 +24,7 @@ def method_blocks(smap: SensitivityMap) -> tuple[Block, ...]:
         f"above 1.5 and are distinguishable from no effect. {_prediction(smap)}"
     )
     values = {"task": smap.task, "noise": smap.noise, "statistics": smap.statistics, "clean": smap.baseline}
-    return on_page(Heading(text="Method"), Text(sentences=(text,)), pairs(values, "Setting"))
+    return on_page(Heading(text="Method"), say(text), pairs(values, "Setting"))
 
 
 def _prediction(smap: SensitivityMap) -> str:
@@ -76,14 +76,11 @@ def cost_blocks(cost: Mapping[str, Any]) -> tuple[Block, ...]:
         for name, phase in phases.items()
         if any(value is not None for value in phase.values())
     )  # fmt: skip
-    columns = (
-        Column(label="Phase", kind=TEXT),
-        Column(label="Forward passes", kind=fixed(0)),
-        Column(label="Backward passes", kind=fixed(0)),
-        Column(label="Seconds", kind=fixed(1)),
-        Column(label="Peak memory by then, MiB", kind=fixed(0)),
-    )
-    return on_page(Heading(text="Cost"), Table(columns=columns, rows=rows), Text(sentences=(_memory(cost),)))
+    columns = of_kinds(
+        ("Phase", TEXT), ("Forward passes", fixed(0)), ("Backward passes", fixed(0)), ("Seconds", fixed(1)),
+        ("Peak memory by then, MiB", fixed(0)),
+    )  # fmt: skip
+    return on_page(Heading(text="Cost"), Table(columns=columns, rows=rows), say(_memory(cost)))
 
 
 def _memory(cost: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.planning.divergences import SIGNIFICANT
 from aqnfx.planning.migration import ACTIONS, MigrationStep
 from aqnfx.reporting.artifacts import json_text, write_all
-from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, Text, on_page
+from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, on_page, say
 from aqnfx.reporting.kinds import TEXT
 from aqnfx.reporting.method import provenance_blocks
 from aqnfx.reporting.render.markdown import markdown
@@ -73,7 +73,7 @@ def migration_blocks(record: Mapping[str, Any]) -> tuple[Block, ...]:
     sections: list[Block] = []
     for priority, action in record["actions"].items():
         found = tuple(row[1:] for row in steps if row[0] == priority)
-        table = Table(columns=columns[1:], rows=found) if found else Text(sentences=("Nothing.",))
+        table = Table(columns=columns[1:], rows=found) if found else say("Nothing.")
         sections += [Heading(text=f"Priority {priority}: {action}"), table]
     about = {"model": record["model"], "map": record["map"]}
     if record["divergences"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.blocks import Block, Column, Heading, Table, Text, on_page
+from aqnfx.reporting.blocks import Block, Heading, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import (
     CLASS,
     COUNT,
@@ -95,25 +95,16 @@ def prediction_blocks(report: dict[str, Any], where: str) -> tuple[Block, ...]:
     if not record:
         return ()
     agreement = Table(
-        columns=(
-            Column(label="Level", kind=TEXT),
-            Column(label="Measured probes", kind=COUNT),
-            Column(label="Spearman", kind=fixed(3)),
-            Column(label="Median ratio", kind=FACTOR),
-            Column(label="Within 25 %", kind=PERCENT),
-            Column(label="Worst", kind=TEXT),
-            Column(label="Its ratio", kind=FACTOR),
-            Column(label="Second order", kind=TEXT),
+        columns=of_kinds(
+            ("Level", TEXT), ("Measured probes", COUNT), ("Spearman", fixed(3)), ("Median ratio", FACTOR),
+            ("Within 25 %", PERCENT), ("Worst", TEXT), ("Its ratio", FACTOR), ("Second order", TEXT),
         ),
         rows=tuple(_agreement_row(level, found) for level, found in record["agreement"].items()),
     )
     sites = Table(
-        columns=(
-            Column(label="Site", kind=TEXT),
-            Column(label="Predicted KL (nats/token)", kind=KL),
-            Column(label="Interval", kind=KL_RANGE),
-            Column(label="Measured KL", kind=KL_MEASURED),
-            Column(label="Interval", kind=KL_RANGE),
+        columns=of_kinds(
+            ("Site", TEXT), ("Predicted KL (nats/token)", KL), ("Interval", KL_RANGE), ("Measured KL", KL_MEASURED),
+            ("Interval", KL_RANGE),
         ),
         rows=tuple(_site_row(row) for row in record["sites"]),
     )
@@ -127,13 +118,9 @@ def prediction_blocks(report: dict[str, Any], where: str) -> tuple[Block, ...]:
 def _channels(record: dict[str, Any], where: str) -> list[Block]:
     if not record["channels"]:
         return []
-    columns = (
-        Column(label="Site", kind=TEXT),
-        Column(label="Channel", kind=COUNT),
-        Column(label="Of", kind=COUNT),
-        Column(label="Predicted KL (nats/token)", kind=KL),
-        Column(label="Interval", kind=KL_RANGE),
-    )
+    columns = of_kinds(
+        ("Site", TEXT), ("Channel", COUNT), ("Of", COUNT), ("Predicted KL (nats/token)", KL), ("Interval", KL_RANGE),
+    )  # fmt: skip
     rows = tuple((r["site"], r["channel"], r["channels"], r["kl"], r["ci"]) for r in record["channels"])
     return [
         Heading(text=f"Channels with the highest predicted cost {where}", level=3),
@@ -145,15 +132,11 @@ def _outliers(record: dict[str, Any]) -> list[Block]:
     """Return what is known of channels of outlying magnitude."""
     if not record["outliers"]:
         none = "No channel's mean magnitude reaches the outlier threshold."
-        return [Text(sentences=(none,))] if record["channels"] else []
-    columns = (
-        Column(label="Site", kind=TEXT),
-        Column(label="Channel", kind=COUNT),
-        Column(label="Of", kind=COUNT),
-        Column(label="Times the median", kind=FACTOR),
-        Column(label="Class", kind=CLASS),
-        Column(label="Among the most sensitive", kind=TEXT),
-    )
+        return [say(none)] if record["channels"] else []
+    columns = of_kinds(
+        ("Site", TEXT), ("Channel", COUNT), ("Of", COUNT), ("Times the median", FACTOR), ("Class", CLASS),
+        ("Among the most sensitive", TEXT),
+    )  # fmt: skip
     rows = tuple(
         (r["site"], r["channel"], r["of"], r["ratio"], r["class"], "yes" if r["sensitive"] else "no")
         for r in record["outliers"]
@@ -162,7 +145,7 @@ def _outliers(record: dict[str, Any]) -> list[Block]:
     return [
         Heading(text="Channels of outlying magnitude", level=3),
         Table(columns=columns, rows=rows),
-        Text(sentences=(share,)),
+        say(share),
     ]
 
 
@@ -179,19 +162,15 @@ def _thresholds(report: dict[str, Any]) -> list[Block]:
     )  # fmt: skip
     if not rows:
         return []
-    columns = (
-        Column(label="What", kind=TEXT),
-        Column(label="Predicted level for 10 %", kind=NUMBER),
-        Column(label="Level measured at", kind=NUMBER),
-        Column(label="Degradation there", kind=PERCENT),
-        Column(label="Interval", kind=PERCENT_RANGE),
-        Column(label="Contains 10 %", kind=TEXT),
-    )
+    columns = of_kinds(
+        ("What", TEXT), ("Predicted level for 10 %", NUMBER), ("Level measured at", NUMBER),
+        ("Degradation there", PERCENT), ("Interval", PERCENT_RANGE), ("Contains 10 %", TEXT),
+    )  # fmt: skip
     note = "Where the measurement at the predicted level missed 10 %, the level was moved once, and the closer one stands here."
     return [
         Heading(text="Critical thresholds, predicted and then measured", level=3),
         Table(columns=columns, rows=rows),
-        Text(sentences=(note,)),
+        say(note),
     ]
 
 
@@ -200,21 +179,18 @@ def weight_blocks(report: dict[str, Any]) -> tuple[Block, ...]:
     record = report.get("weights") or {}
     if not record:
         return ()
-    columns = (
-        Column(label="Weight", kind=TEXT),
-        Column(label="Trace (nats/token)", kind=KL),
-        Column(label="Standard error", kind=KL),
-        Column(label="Per element", kind=KL),
-        Column(label="Elements", kind=COUNT),
-    )
+    columns = of_kinds(
+        ("Weight", TEXT), ("Trace (nats/token)", KL), ("Standard error", KL), ("Per element", KL),
+        ("Elements", COUNT),
+    )  # fmt: skip
     rows = tuple(
         (name, v["value"], v["error"], v["mean"], v["size"]) for name, v in list(record["values"].items())[:TOP_WEIGHTS]
     )
     more = len(record["values"]) - len(rows)
-    rest = [Text(sentences=(f"{more} more are in the map.",))] if more > 0 else []
+    rest = [say(f"{more} more are in the map.")] if more > 0 else []
     return on_page(
         Heading(text=f"Weights by {record['metric']}"),
-        Text(sentences=(f"{record['source']}.",)),
+        say(f"{record['source']}."),
         Table(columns=columns, rows=rows),
         *rest,
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 from aqnfx.diagnosis.scan import Scan
 from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
 from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
-from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Note, Place, Table, Text, on_page
+from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Note, Place, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import CLASS, COUNT, DECIBEL, NUMBER, PERCENT, TEXT, fixed
 from aqnfx.reporting.method import provenance_blocks
 from aqnfx.reporting.render.markdown import markdown
@@ -54,14 +54,14 @@ def scan_blocks(scan: Scan) -> tuple[Block, ...]:
         Heading(text=f"Formats for the weights of {scan.model['name']}", level=1),
         Gap(),
         _formats("Formats: SQNR in dB, and number of weights by class of training noise", "weight", scan, scan.summary),
-        Text(sentences=(_DECISION,), place=Place.PAGE),
+        say(_DECISION, place=Place.PAGE),
         *_rankings("weights", 2, scan.ranking, scan.weights, scan.weight_facts),
         _worst("Weight", "weights", scan, scan.weights, scan.weight_facts),
         *_activations(scan),
         *(Note(text=note) for note in [*scan.notes, *_remarks(scan)]),
-        Text(sentences=(f"{_DECISION} {_cost(scan)}",), place=Place.TERMINAL),
+        say(f"{_DECISION} {_cost(scan)}", place=Place.TERMINAL),
         *provenance_blocks({"model": scan.model} | scan.provenance),
-        Text(sentences=(_cost(scan),), place=Place.PAGE),
+        say(_cost(scan), place=Place.PAGE),
     )
 
 
@@ -120,18 +120,10 @@ def _rankings(
     what: str, level: int, rankings: dict[str, list[dict[str, Any]]], records_of: Records, about: dict[str, dict[str, Any]]
 ) -> tuple[Block, ...]:
     """Return the worst weights (or activations) of each format, with all that is known of them, for a page."""
-    columns = (
-        Column(label="#", kind=COUNT),
-        Column(label="Module", kind=TEXT),
-        Column(label="SQNR, dB", kind=DECIBEL),
-        Column(label="Dead zone", kind=PERCENT),
-        Column(label="Saturation", kind=PERCENT),
-        Column(label="Relative error", kind=PERCENT),
-        Column(label="Outliers", kind=NUMBER),
-        Column(label="Kurtosis", kind=NUMBER),
-        Column(label="Class", kind=CLASS),
-        Column(label="σ", kind=TEXT),
-    )
+    columns = of_kinds(
+        ("#", COUNT), ("Module", TEXT), ("SQNR, dB", DECIBEL), ("Dead zone", PERCENT), ("Saturation", PERCENT),
+        ("Relative error", PERCENT), ("Outliers", NUMBER), ("Kurtosis", NUMBER), ("Class", CLASS), ("σ", TEXT),
+    )  # fmt: skip
     found: list[Block] = []
     for name, ranking in rankings.items():
         rows = tuple(

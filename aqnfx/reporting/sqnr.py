@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.reporting.blocks import Block, Column, Heading, Table, Text, on_page
+from aqnfx.reporting.blocks import Block, Heading, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import COUNT, DECIBEL, KL, TEXT
 from aqnfx.reporting.text import MISSING
 
@@ -38,23 +38,18 @@ def sqnr_blocks(smap: SensitivityMap) -> tuple[Block, ...]:
     )
     if not found["misled"]:
         none = f"No site's ranks are further apart than a quarter of all {found['sites']}."
-        return on_page(heading, Text(sentences=(note, none)))
-    columns = (
-        Column(label="Site", kind=TEXT),
-        Column(label="SQNR, dB", kind=DECIBEL),
-        Column(label="Rank", kind=COUNT),
-        Column(label="KL (nats/token)", kind=KL),
-        Column(label="Rank", kind=COUNT),
-        Column(label="SQNR would", kind=TEXT),
-        Column(label="KL measured", kind=TEXT),
-    )
+        return on_page(heading, say(note, none))
+    columns = of_kinds(
+        ("Site", TEXT), ("SQNR, dB", DECIBEL), ("Rank", COUNT), ("KL (nats/token)", KL), ("Rank", COUNT),
+        ("SQNR would", TEXT), ("KL measured", TEXT),
+    )  # fmt: skip
     rows = tuple(
         (r["id"], r["sqnr_db"], r["sqnr_rank"], r["kl"], r["kl_rank"], _verdict(r), "yes" if r["measured"] else "no")
         for r in found["misled"]
     )
     more = found.get("far", len(rows)) - len(rows)
-    rest = [Text(sentences=(f"{more} more are further apart than a quarter of all sites.",))] if more > 0 else []
-    return on_page(heading, Text(sentences=(note,)), Table(columns=columns, rows=rows), *rest)
+    rest = [say(f"{more} more are further apart than a quarter of all sites.")] if more > 0 else []
+    return on_page(heading, say(note), Table(columns=columns, rows=rows), *rest)
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -11,8 +11,7 @@ from rich.text import Text
 from aqnfx.errors import printable
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
-from aqnfx.reporting.blocks import Block, Column, Note, Spacing, Table
-from aqnfx.reporting.blocks import Text as Sentences
+from aqnfx.reporting.blocks import Block, Column, Note, Spacing, Table, say
 from aqnfx.reporting.kinds import COUNT, TEXT
 from aqnfx.reporting.render.terminal import show
 
@@ -64,7 +63,7 @@ def structure_blocks(program: Program, record: dict[str, Any]) -> tuple[Block, .
     )
     return (
         _table(program),
-        Sentences(sentences=(totals,)),
+        say(totals),
         *(Note(text=f"note: {note}") for note in record["notes"]),
     )
 

@@ -7,23 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-from aqnfx.reporting.blocks import (
-    Advices,
-    Block,
-    Bullets,
-    Definitions,
-    Figure,
-    Gap,
-    Heading,
-    Lines,
-    Note,
-    Place,
-    Table,
-    Text,
-    cell,
-    shown,
-    shown_columns,
-)
+from aqnfx.reporting import blocks as b
+from aqnfx.reporting.blocks import Block, Place, Table, cell, shown, shown_columns
 
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -45,26 +30,26 @@ def escape(text: Any) -> str:
 
 def _rendered(block: Block) -> list[str]:
     match block:
-        case Heading():
+        case b.Heading():
             return [f"{'#' * block.level} {escape(block.text)}"]
-        case Text():
+        case b.Text():
             text = " ".join(escape(sentence) for sentence in block.sentences)
             return [f"**{text}**" if block.strong else text]
-        case Lines():
+        case b.Lines():
             return [f"{escape(line)}  " for line in block.lines]
-        case Note():
+        case b.Note():
             return [f"> {escape(block.text)}"]
-        case Bullets():
+        case b.Bullets():
             return [f"- {escape(item)}" for item in block.items]
-        case Definitions():
+        case b.Definitions():
             return [f"- {_code(item.name)} in {escape(item.under)}: {escape(item.text)}." for item in block.items]
-        case Advices():
+        case b.Advices():
             return [_advice(number, item) for number, item in enumerate(block.items, start=1)]
-        case Figure():
+        case b.Figure():
             return [f"![{escape(block.text)}]({quote(block.file)})"]
-        case Gap():
+        case b.Gap():
             return []
-        case Table():
+        case b.Table():
             return _table(block)
 
 

@@ -11,25 +11,8 @@ from rich.table import Table as Grid
 from rich.text import Text as Line
 
 from aqnfx.errors import printable
-from aqnfx.reporting.blocks import (
-    Advices,
-    Block,
-    Bullets,
-    Column,
-    Definitions,
-    Figure,
-    Gap,
-    Heading,
-    Lines,
-    Note,
-    Place,
-    Spacing,
-    Table,
-    Text,
-    cell,
-    shown,
-    shown_columns,
-)
+from aqnfx.reporting import blocks as b
+from aqnfx.reporting.blocks import Block, Column, Place, Spacing, Table, cell, shown, shown_columns
 from aqnfx.reporting.kinds import BAR
 
 WIDTH_OF_BAR = 8
@@ -54,25 +37,25 @@ def show(blocks: tuple[Block, ...], console: Console) -> None:
 
 def _rendered(block: Block, *, ascii_only: bool) -> Iterable[RenderableType]:
     match block:
-        case Heading():
+        case b.Heading():
             return [_line(block.text, style="bold")]
-        case Text():
+        case b.Text():
             return [_line(sentence, style="bold" if block.strong else "") for sentence in block.sentences]
-        case Lines():
+        case b.Lines():
             return [_line(line) for line in block.lines]
-        case Note():
+        case b.Note():
             return [_line(block.text)]
-        case Bullets():
+        case b.Bullets():
             return [_line(item) for item in block.items]
-        case Definitions():
+        case b.Definitions():
             return [_line(f"{item.name}: {item.text}.") for item in block.items]
-        case Advices():
+        case b.Advices():
             return [_advice(item.priority, f"{item.what}: {item.action}", item.reason) for item in block.items]
-        case Figure():
+        case b.Figure():
             return [_line(f"{block.text}: {block.file}")]
-        case Gap():
+        case b.Gap():
             return [""]
-        case Table():
+        case b.Table():
             return [_grid(block, ascii_only=ascii_only)]
 
 
