@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
+
 
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
@@ -14,6 +16,7 @@ def command(
     tokens: int = typer.Option(None, "--tokens", help="Tokens per sample (default: 128, or what the model takes)."),
     balance: float = typer.Option(295.0, "--balance", help="FLOP per byte from which on an operation is compute-bound."),
     top: int = typer.Option(10, "--top", help="Critical sites to explain, at most."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     out: Path = typer.Option(None, "--out", help="Directory for analysis.json, .graphml and .svg (default: the tables only)."),
     json_output: bool = typer.Option(False, "--json", help="Print the record as JSON and nothing else."),
 ) -> None:
@@ -33,7 +36,7 @@ def command(
     smap = load_map(map) if map is not None else None  # before the model is traced: a bad file fails at once
     check_files_in(out, FILES.values(), {"--map": map})
     with output_directory(out), console.status("tracing", spinner="line") if console.is_terminal else nullcontext():
-        found = analyze(model, smap, batch=batch, tokens=tokens, balance=balance, top=top)
+        found = analyze(model, smap, batch=batch, tokens=tokens, balance=balance, top=top, allow_missing=words(allow_missing))
         paths = save_analysis(found, out) if out is not None else {}
     if json_output:
         print(json.dumps(found.to_record()))

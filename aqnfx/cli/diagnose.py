@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
 from aqnfx.errors import InputError, nearest
 
 
@@ -81,6 +82,7 @@ def command(
     pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
     device: str = typer.Option("cpu", help="Device to run on; auto: layer by layer over all accelerators."),
     dtype: str = typer.Option("float32", help="What the model is loaded in: float32, bfloat16 or float16."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     adaptive: bool = typer.Option(False, "--adaptive", help="Stop sampling what is settled."),
     budget: str = typer.Option(None, help="Time for measuring: 90s, 10m, 2h (implies --adaptive)."),
     executor: str = typer.Option("process", help="Where to measure: process, devices, ray or ray://HOST:PORT."),
@@ -105,7 +107,7 @@ def command(
         checkpoint=checkpoint, metric=metric, outlier_threshold=outlier_threshold,
         compile=compile_mode, replay_memory=replay_memory, replay_offload=replay_offload, batch_size=batch_size,
         max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype, adaptive=adaptive, budget=budget,
-        executor=executor, workers=workers,
+        executor=executor, workers=workers, allow_missing=words(allow_missing),
     )  # fmt: skip
     if dry_run:
         return run_forecast(model, data, options, json_output=json_output)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
+
 
 def command(
     plan: Path = typer.Argument(help="File of a plan (schema aqnfx.plan/1)."),
@@ -17,6 +19,7 @@ def command(
         None, "--dtype", help="What a checkpoint stores everything else in (default: auto, as the model's own file has it)."
     ),
     pipeline: str = typer.Option(None, "--pipeline", "-p", help="Passes to run after the plan's, for python and pt2."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     json_output: bool = typer.Option(False, "--json", help="Print what was written as JSON and nothing else."),
 ) -> None:
     """Write a plan for another program: a quantised checkpoint, a config, a graph. All of it or nothing."""
@@ -33,7 +36,7 @@ def command(
     given = {name: value for name, value in {"dtype": dtype, "pipeline": pipeline}.items() if value is not None}
     if not os.path.isdir(out):  # a folder that is not empty is refused by the export
         check_outputs([out], {"the plan": plan}, model=model)
-    found = export_plan(plan, to, out, model=model, **given)
+    found = export_plan(plan, to, out, model=model, allow_missing=words(allow_missing), **given)
     if json_output:
         print(json.dumps(found.to_record()))
         return

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None, json_output: bool) -> None:
+def migrate(
+    model: str, map: Path, divergences: Path | None, *, allow_missing: tuple[str, ...], out: Path | None, json_output: bool
+) -> None:
     """Print the migration plan of a model and, with ``out``, write it as JSON and Markdown."""
     import json
     import warnings
@@ -33,7 +35,8 @@ def migrate(model: str, map: Path, divergences: Path | None, *, out: Path | None
     with output_directory(directory), console.status("tracing") if console.is_terminal else nullcontext():
         # In the dtype of the map: its digest of the weights is over their bytes.
         made_in = str(smap.model.get("dtype"))
-        program = as_probed(trace(model, dtype=getattr(torch, made_in if made_in in DTYPES else DTYPES[0])), smap)
+        dtype = getattr(torch, made_in if made_in in DTYPES else DTYPES[0])
+        program = as_probed(trace(model, dtype=dtype, allow_missing=allow_missing), smap)
         steps = migration_plan(smap, errors, program=program)
         record = migration_record(steps, smap, model=model_facts(model, program), divergences=errors)
         paths = save_migration(record, out) if out is not None else {}

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
+
 
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     pipeline: str = typer.Option("tag-layers,tag-ops", "--pipeline", "-p", help="Passes: name{option=value …},name…"),
     print_graph: bool = typer.Option(False, "--print", help="Print the rewritten graph."),
     out: Path = typer.Option(None, "--out", help="Write the rewritten graph's text to this file."),
@@ -24,7 +27,7 @@ def command(
     if out is not None:
         check_outputs([out], {}, model=model)
     with output_directory(out.parent if out is not None else None):
-        program = parsed(trace(model))
+        program = parsed(trace(model, allow_missing=words(allow_missing)))
         text = program.render(tags=True)
         if out is not None:
             write_text(out, text)

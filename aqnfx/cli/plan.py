@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
 from aqnfx.errors import InputError, Interrupted, nearest
 
 
@@ -50,6 +51,7 @@ def command(
     pack: bool = typer.Option(True, help="Join plain texts into full-length samples."),
     device: str = typer.Option("cpu", help="Device to run on."),
     dtype: str = typer.Option("float32", help="What the model is loaded in: float32, bfloat16 or float16."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     seed: int = typer.Option(0, help="Seed of the draws."),
     out: Path = typer.Option(None, "--out", help="File for the plan, plan.json; a report stands beside it as plan.md."),
     json_output: bool = typer.Option(False, "--json", help="Print the plan as JSON and nothing else."),
@@ -83,22 +85,22 @@ def command(
         read = {"--data": data, "--map": map, "--divergences": divergences, "--latency-table": latency_table}
         check_outputs([out, *beside], read, model=model)
     if migration:
-        migrate(model, map, divergences, out=out, json_output=json_output)
+        migrate(model, map, divergences, allow_missing=words(allow_missing), out=out, json_output=json_output)
         return
     options: dict[str, Any] = dict(
         formats=formats, avg_bits=avg_bits, bytes=total_bytes, seconds=seconds, max_kl=max_kl, count_scales=not nominal,
-        kv_formats=kv_formats, kv_bits=kv_bits, modules=_words(modules), layers="|".join(_words(layers)) or None,
+        kv_formats=kv_formats, kv_bits=kv_bits, modules=words(modules), layers="|".join(words(layers)) or None,
         keep=parse_pairs(keep, "--keep"), floor=_floors(parse_pairs(floor, "--floor")), couple=couple, partial=partial,
         active_experts=active_experts, pareto=pareto, refine=refine, draws=draws, samples=samples, eval_samples=eval_samples,
         batch_size=batch_size, max_length=max_length, text_field=text_field, pack=pack, device=device, dtype=dtype,
-        seed=seed, rule=rule, thresholds=_pair(thresholds),
+        seed=seed, allow_missing=words(allow_missing), rule=rule, thresholds=_pair(thresholds),
     )  # fmt: skip
     if latency_table is not None:
         options["latency_table"] = parse_latency(read_json(latency_table), str(latency_table))
     PlanOptions(**options)  # before anything is loaded
     smap = load_map(map) if map is not None else None
     if smap is not None and rule == "threshold":
-        options |= {"formats": _words(formats) or FORMATS}
+        options |= {"formats": words(formats) or FORMATS}
         del options["rule"]  # is what is called
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers")
@@ -126,7 +128,7 @@ def command(
         console.print(f"\nPlan: {paths['plan']}\nReport: {paths['markdown']}", soft_wrap=True)
 
 
-_OF_MIGRATION = ("model", "map", "migration", "divergences", "out", "json_output")
+_OF_MIGRATION = ("model", "allow_missing", "map", "migration", "divergences", "out", "json_output")
 
 
 def _check_together(
@@ -159,13 +161,9 @@ def _check_together(
 
 def _pair(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _words(text))
+        return tuple(float(part) for part in words(text))
     except ValueError as error:
         raise InputError(f"--thresholds {text!r} are not two numbers, as 0.15,0.05") from error
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def _floors(given: dict[str, str]) -> dict[str, float]:

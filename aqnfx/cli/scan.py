@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
 from aqnfx.errors import InputError, Interrupted
 
 
@@ -20,6 +21,7 @@ def command(
     text_field: str = typer.Option(None, help="Field that holds the text of a record."),
     device: str = typer.Option(None, help="Device that the data is run on (default: cpu)."),
     dtype: str = typer.Option(None, help="What the model is loaded in for the data (default: float32)."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     compile_mode: str = typer.Option("auto", "--compile", help="auto, yes or no."),
     out: Path = typer.Option(None, "--out", help="Directory for scan.json and scan.md (default: the tables only)."),
     json_output: bool = typer.Option(False, "--json", help="Print the record as JSON and nothing else."),
@@ -37,8 +39,9 @@ def command(
     keep_freed_memory()
     console = Terminal(stderr=json_output)
     about_data: dict[str, Any] = dict(
-        samples=samples, batch_size=batch_size, max_length=max_length, text_field=text_field, device=device, dtype=dtype
-    )
+        samples=samples, batch_size=batch_size, max_length=max_length, text_field=text_field, device=device, dtype=dtype,
+        allow_missing=words(allow_missing) or None,
+    )  # fmt: skip
     given: dict[str, Any] = {name: value for name, value in about_data.items() if value is not None}
     if data is None and given:
         raise InputError(f"--{next(iter(given)).replace('_', '-')} is about data, and there is none; add --data FILE")

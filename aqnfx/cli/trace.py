@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from aqnfx.cli.common import MISSING_HELP, words
+
 
 def command(
     model: str = typer.Argument(help="Local Hugging Face directory, hub id, or tinygsm."),
+    allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
     json_output: bool = typer.Option(False, "--json", help="Print JSON, one record with every site."),
     sites: bool = typer.Option(False, "--sites", help="List every site id."),
 ) -> None:
@@ -18,7 +21,7 @@ def command(
     from aqnfx.passes.pipeline import Pipeline
     from aqnfx.reporting.structure import print_structure, structure_record
 
-    program = Pipeline.parse("tag-layers,tag-ops")(trace(model))
+    program = Pipeline.parse("tag-layers,tag-ops")(trace(model, allow_missing=words(allow_missing)))
     if json_output:
         print(json.dumps(structure_record(program)))
         return

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from aqnfx.errors import ArtifactError
 
-__all__ = ["embedded_model", "embedded_problems"]
+__all__ = ["EMBEDDED", "embedded_model", "embedded_problems"]
+
+EMBEDDED = "tinygsm"
+"""The name of the model that comes with the package."""
 
 
 def embedded_model() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,14 @@ def analyze(
     tokens: int | None = None,
     balance: float = BALANCE,
     top: int = TOP,
+    allow_missing: Sequence[str] = (),
 ) -> Analysis:
     """Return the static structure of ``model`` and, with a map of its sensitivity, what each site costs and why.
 
     ``model`` is a Program that no pass has inserted nodes into, or what :func:`aqnfx.trace` takes; one that is loaded here
     has the dtype of its checkpoint. FLOPs and bytes are of one forward pass of ``batch`` samples of ``tokens`` positions
     (default: 1 × 128, or what the trace has fixed or the model takes at most) on a machine of ``balance`` FLOP per byte.
-    At most ``top`` critical sites are explained.
+    At most ``top`` critical sites are explained. ``allow_missing`` is that of :func:`aqnfx.trace`.
 
     Raises :class:`ArtifactError` where the map is of another model or holds values of the wrong kind, and
     :class:`InputError` for options out of range; loading and tracing raise what :func:`aqnfx.trace` raises.
@@ -91,7 +92,7 @@ def analyze(
     if top < 1:
         raise InputError(f"top {top} must be at least 1")
     check_options(batch=batch, tokens=tokens, balance=balance)  # before a large model is loaded in vain
-    program = model if isinstance(model, Program) else trace(model, dtype="auto")
+    program = model if isinstance(model, Program) else trace(model, dtype="auto", allow_missing=allow_missing)
     tagged = Pipeline.parse(TAGS)(program) if smap is None else as_probed(program, smap)
     batch, tokens = _sizes(tagged, batch, tokens)
     found = structure(tagged, batch=batch, tokens=tokens, balance=balance)

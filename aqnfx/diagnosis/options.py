@@ -52,7 +52,8 @@ class Options:
     outputs of operations (the default with noise), inputs, weights, keys, values, or "auto" (the default with a format):
     the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. The
     task "generate" lets the model answer by itself, with its KV cache: at most ``max_new_tokens`` (default: a quarter more than
-    the longest answer), until one of the texts ``stop`` (default: a new line with "Q:"). Raises
+    the longest answer), until one of the texts ``stop`` (default: a new line with "Q:"). ``allow_missing``: names or globs of
+    tensors in which the checkpoint of a model that is loaded here may differ from the model. Raises
     :class:`InputError` and :class:`SelectorError` for values that cannot be meant.
     """
 
@@ -90,6 +91,7 @@ class Options:
     budget: str | float | None = None
     executor: str = "process"
     workers: int | None = None
+    allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.perturb is not None:
@@ -144,6 +146,7 @@ class Options:
             _one_of("probes", kind, PROBE_KINDS)
         if not self.probes or len(set(self.probes)) != len(self.probes):
             raise InputError(f"probes must be given and differ, found {', '.join(self.probes) or 'none'}")
+        self._set("allow_missing", _words("allow_missing", self.allow_missing))
         self._set("ops", "|".join(_words("ops", self.ops)))
         if self.layers is not None:
             self._set("layers", "|".join(_words("layers", self.layers)))

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.controls import device_of
 from aqnfx.graph.frontend import trace
-from aqnfx.graph.loading import EMBEDDED, SPREAD, load_model
+from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
@@ -77,9 +78,12 @@ def prepare(
     tell("loading the model")
     name = str(model) if isinstance(model, (str, Path)) else _origin(model)
     if isinstance(model, (str, Path)):
-        model = load_model(str(model), dtype=getattr(torch, options.dtype), device=options.device)
-    elif options.dtype != "float32" or options.device == SPREAD:
-        name, value = ("device", SPREAD) if options.device == SPREAD else ("dtype", options.dtype)
+        model = _load(str(model), options)
+    elif options.dtype != "float32" or options.device == SPREAD or options.allow_missing:
+        given = {"allow_missing": ",".join(options.allow_missing), "dtype": options.dtype}
+        name, value = ("device", SPREAD) if options.device == SPREAD else next(
+            (name, value) for name, value in given.items() if value not in ("", "float32")
+        )  # fmt: skip
         raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
     else:
         _check_place(model, options.device)
@@ -122,6 +126,12 @@ def _is_causal(program: Program, tokens: Sequence[int]) -> bool:
         ) from error
 
 
+def _load(name: str, options: Options) -> nn.Module:
+    return load_model(
+        name, dtype=getattr(torch, options.dtype), device=options.device, allow_missing=options.allow_missing
+    )
+
+
 def tag(program: Program, options: Options) -> Program:
     """Return the program with layers and operations tagged, attention taken apart where a selected site lies inside."""
     return Pipeline.parse(f'tag-layers,decompose-attention{{where="{options.where}"}},tag-ops')(program)
@@ -157,10 +167,8 @@ class Recipe:
     def __call__(self, device: str | None = None) -> Worker:
         """Load, trace and instrument the model on ``device`` (default: that of the options) and return its worker."""
         options = self.options if device is None else dataclasses.replace(self.options, device=device)
-        if isinstance(self.source, str):
-            model = load_model(self.source, dtype=getattr(torch, options.dtype), device=options.device)
-        else:
-            model = copy.deepcopy(self.source).to(options.device)
+        own = self.source
+        model = _load(own, options) if isinstance(own, str) else copy.deepcopy(own).to(options.device)
         program = tag(_trace(model, self.ready.longest), options)
         ready = dataclasses.replace(self.ready, program=program)
         noisy, engine, batches = instrument(ready, options, self.sweep, self.compiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from aqnfx.data import embedded_model
+from aqnfx.data import EMBEDDED, embedded_model
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, assigned_sites
 from aqnfx.graph.frontend import trace
-from aqnfx.graph.loading import EMBEDDED, load_model
+from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.passes.pipeline import Pipeline
@@ -69,12 +69,15 @@ class Exported:
         }  # fmt: skip
 
 
-def open_plan(path: str | Path, model: nn.Module | str | Path | None = None) -> Job:
+def open_plan(
+    path: str | Path, model: nn.Module | str | Path | None = None, *, allow_missing: Sequence[str] = ()
+) -> Job:
     """Read a plan file, load and trace its model, and check that the plan was made for these weights.
 
     ``model`` (a directory, a hub id or ``"tinygsm"``, or the model itself) is by default the one that the plan names. A model
-    that is loaded here has the dtype that the plan was made with. Raises :class:`InputError` or another error of this
-    project, in one line, for a file that is no whole plan, a model that cannot be loaded or has other weights, and
+    that is loaded here has the dtype that the plan was made with; ``allow_missing`` is that of :func:`aqnfx.trace`. Raises
+    :class:`InputError` or another error of this project, in one line, for a file that is no whole plan, a model that cannot
+    be loaded or has other weights, and
     modules or operands that the model does not have.
     """
     plan = PrecisionPlan.from_record(read_json(path, schema=PLAN_SCHEMA), where=str(path))
@@ -82,14 +85,17 @@ def open_plan(path: str | Path, model: nn.Module | str | Path | None = None) -> 
         raise InputError(f"{path} stores everything as the model has it; there is nothing to export")
     own = None
     if model is None or isinstance(model, (str, Path)):
-        model, own = _load(plan, path, model)
-    program = Pipeline.parse("tag-layers,tag-ops")(trace(model))
+        model, own = _load(plan, path, model, allow_missing)
+        allow_missing = ()
+    program = Pipeline.parse("tag-layers,tag-ops")(trace(model, allow_missing=allow_missing))
     assigned_sites(program, plan.assignments)
     check_model(plan, program, path)
     return Job(path=str(path), plan=plan, model=model, program=program, stored_dtype=own)
 
 
-def _load(plan: PrecisionPlan, path: str | Path, given: str | Path | None) -> tuple[nn.Module, torch.dtype | None]:
+def _load(
+    plan: PrecisionPlan, path: str | Path, given: str | Path | None, allow_missing: Sequence[str]
+) -> tuple[nn.Module, torch.dtype | None]:
     name = plan.model.get("name") if given is None else str(given)
     if not isinstance(name, str) or not name:
         raise InputError(f"{path} does not name its model; add --model DIRECTORY")
@@ -97,7 +103,7 @@ def _load(plan: PrecisionPlan, path: str | Path, given: str | Path | None) -> tu
     if dtype not in DTYPES:
         raise InputError(f"{path}: the dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
-        model = load_model(name, dtype=DTYPES[dtype])
+        model = load_model(name, dtype=DTYPES[dtype], allow_missing=allow_missing)
     except ModelError as error:
         hint = "; that name is from the plan: add --model DIRECTORY" if given is None else ""
         raise ModelError(f"{error}{hint}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +44,15 @@ TARGETS: dict[str, Target] = {
 
 
 def export_plan(
-    plan: str | Path, target: str, out: str | Path, *, model: nn.Module | str | Path | None = None, **options: str
-) -> Exported:
+    plan: str | Path, target: str, out: str | Path, *, model: nn.Module | str | Path | None = None,
+    allow_missing: Sequence[str] = (), **options: str,
+) -> Exported:  # fmt: skip
     """Write the plan file ``plan`` for ``target`` to ``out``, and return what was written.
 
     ``model`` is by default the one that the plan names; a module given here belongs to the export, which changes it.
-    ``options`` are those of the target's function (``dtype`` for checkpoints, ``pipeline`` for graphs). Everything is
-    written or nothing. Raises :class:`InputError` and other errors of this project in one line: an unknown target, a file
+    ``allow_missing`` is that of :func:`aqnfx.trace`. ``options`` are those of the target's function (``dtype`` for checkpoints,
+    ``pipeline`` for graphs). Everything is written or nothing. Raises :class:`InputError` and other errors of this project
+    in one line: an unknown target, a file
     that is no plan, another model, and formats that the target cannot express.
     """
     if target not in TARGETS:
@@ -61,4 +63,4 @@ def export_plan(
         takers = ", ".join(name for name, other in TARGETS.items() if wrong in other.options)
         raise InputError(f"--{wrong} is not an option of {target}, but of {takers or 'no target'}")
     check_free(out, folder=found.folder)
-    return found.load()(open_plan(plan, model), out, **options)
+    return found.load()(open_plan(plan, model, allow_missing=allow_missing), out, **options)

@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from aqnfx.data import embedded_model
+from aqnfx.data import EMBEDDED, embedded_model
 from aqnfx.errors import ModelError
-from aqnfx.graph.loading import EMBEDDED
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+ADAPTER = "adapter_config.json"
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The types of safetensors that are numbers by themselves; all others are codes, indices or masks."""
+
+QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|absmax|\w*_blocks|\w*_scales)$")
+"""Names of tensors that hold codes or their scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,39 @@ def _cached(model: str) -> Path:
     )
 
 
+def fetched(model: str) -> Path:
+    """Return the directory of a model, with the weights of a hub id downloaded into the local cache first.
+
+    The files that an index names are looked at before any is fetched. Raises :class:`ModelError`, and whatever the hub raises.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from transformers.utils.hub import cached_file
+
+    def get(name: str) -> str | None:
+        found: str | None = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    config = cached_file(model, "config.json")
+    if config is None:
+        raise ModelError(f"{model} holds no config.json")
+    if get(ADAPTER) is not None:
+        raise ModelError(f"{model} is an adapter ({ADAPTER}); merge it into its model and give that")
+    if get(_WHOLE) is None and (index := get(_INDEX)) is not None:
+        for name in sorted(set(_placed(Path(index)).values())):
+            get(name)
+    return Path(config).parent
+
+
+def check_distributed(directory: Path, config: Any) -> None:
+    """Raise :class:`ModelError` where transformers would read other files than :func:`shards` says."""
+    if parts := [path.name for path in directory.iterdir() if _DISTRIBUTED.fullmatch(path.name)]:
+        raise ModelError(f"{directory} holds parts of a distributed checkpoint ({min(parts)}); save it with save_pretrained")
+    named = getattr(config, "transformers_weights", None)
+    if named not in (None, _WHOLE, _INDEX):
+        raise ModelError(f"config.json names other weights, {str(named)[:200]!r}; they are read from {_WHOLE} or {_INDEX} only")
+
+
 def shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the safetensors files of a directory, and what an index says: tensor -> file name (empty without one).
 
@@ -74,18 +114,8 @@ def shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
     index = directory / _INDEX
     if not index.is_file():
         raise ModelError(_nothing_in(directory))
-    try:
-        read = json.loads(index.read_bytes())
-        placed = read["weight_map"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} is damaged: no JSON object with a weight_map ({type(error).__name__})") from error
-    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
-        raise ModelError(f"{index} is damaged: its weight_map does not say tensor -> file")
+    placed = _placed(index)
     names = sorted(set(placed.values()))
-    for name in names:
-        outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
-        if not name.strip() or outside or ".." in re.split(r"[/\\]", name) or "\0" in name:
-            raise ModelError(f"{index} names the file {name!r}, which is not inside of its directory; it is not read")
     missing = [name for name in names if not _is_file(directory / name)]
     if missing:
         raise ModelError(
@@ -93,6 +123,24 @@ def shards(directory: Path) -> tuple[list[Path], dict[str, str]]:
             "download"
         )
     return [directory / name for name in names], placed
+
+
+def _placed(index: Path) -> dict[str, str]:
+    """Return tensor -> file name of an index, all of them safetensors inside of its directory."""
+    try:
+        read = json.loads(index.read_bytes())
+        placed = read["weight_map"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is damaged: no JSON object with a weight_map ({type(error).__name__})") from error
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ModelError(f"{index} is damaged: its weight_map does not say tensor -> file")
+    for name in sorted(set(placed.values())):
+        outside = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+        if not name.strip() or outside or ".." in re.split(r"[/\\]", name) or "\0" in name:
+            raise ModelError(f"{index} names the file {name!r}, which is not inside of its directory; it is not read")
+        if not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names the file {name[:200]!r}, which is not safetensors; it is not read")
+    return placed
 
 
 def _is_file(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from aqnfx.errors import TraceError
+from aqnfx.errors import InputError, TraceError
 from aqnfx.graph.domain import domain_of
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.functional import is_mutable, make_functional, same_results
 from aqnfx.graph.inputs import default_shapes, example_inputs, max_positions
-from aqnfx.graph.loading import load_model, load_pt2
+from aqnfx.graph.loading import load_model, load_pt2, loading_notes
 from aqnfx.graph.normalize import normalize_graph
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
@@ -37,6 +37,7 @@ def trace(
     device: str = "cpu",
     sequence_length: int | None = None,
     allow_unsafe_pt2: bool = False,
+    allow_missing: Sequence[str] = (),
 ) -> Program:
     """Trace a model to a :class:`Program` with ``torch.export`` (non-strict, evaluation mode).
 
@@ -44,7 +45,8 @@ def trace(
     embedded model), or a ``.pt2`` file (only with ``allow_unsafe_pt2``, since loading one can run code). ``inputs`` is
     ``(args, kwargs)``; without it they are made from the model's config. Batch and sequence are dynamic where the
     model allows; a dimension that had to be fixed is named in ``Program.notes``. ``dtype`` ("auto": that of the
-    checkpoint) and ``device`` apply to models that are loaded here. Raises :class:`ModelError` when the model cannot be
+    checkpoint), ``device`` and ``allow_missing`` (names or globs of tensors in which the checkpoint may differ from the model)
+    apply to models that are loaded here. Raises :class:`ModelError` when the model cannot be
     loaded, :class:`TraceError` when it cannot be traced.
     """
     started = time.perf_counter()
@@ -54,7 +56,9 @@ def trace(
             name = "exported program"
         else:
             name = str(model)
-            model = load_model(name, dtype=dtype, device=device)
+            model = load_model(name, dtype=dtype, device=device, allow_missing=allow_missing)
+    elif allow_missing:
+        raise InputError("allow_missing is for models that are loaded here; the given one has its weights, leave it out")
     else:
         name = getattr(model, "name_or_path", "") or type(model).__name__
     if isinstance(model, nn.Module) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
@@ -68,7 +72,7 @@ def trace(
     else:
         exported = _export(model, inputs, dynamic_shapes, sequence_length)
         source |= _describe(model)
-    program = _to_program(exported, source)
+    program = _to_program(exported, source, loading_notes(model))
     program.source["trace_seconds"] = round(time.perf_counter() - started, 3)  # type: ignore[index]
     return program
 
@@ -127,7 +131,7 @@ def _functional_module(exported: ExportedProgram) -> torch.fx.GraphModule:
     return functional
 
 
-def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
+def _to_program(exported: ExportedProgram, source: dict[str, Any], notes: tuple[str, ...] = ()) -> Program:
     module, example = _functional_module(exported), exported.example_inputs
     if example is None:
         raise TraceError("the exported program carries no example inputs; export it with them")
@@ -145,13 +149,13 @@ def _to_program(exported: ExportedProgram, source: dict[str, Any]) -> Program:
     signature = Signature(
         in_spec=in_spec, out_spec=exported.call_spec.out_spec, names=tuple(names), defaults=tuple(defaults)
     )
-    notes = []
+    fixed_sizes = []
     for node in module.graph.nodes:
         if node.op == "placeholder" and not node.meta["val"].is_floating_point():
             fixed = [d for d, s in enumerate(node.meta["val"].shape) if isinstance(static_size(s), int)]
             if fixed:
                 sizes = ", ".join(f"dimension {d} at {node.meta['val'].shape[d]}" for d in fixed)
-                notes.append(f"{node.target}: the model's forward fixes {sizes}")
+                fixed_sizes.append(f"{node.target}: the model's forward fixes {sizes}")
     return Program(
         module=module.train(False), signature=signature, source=source,
         original=fingerprint(module.graph), notes=(*notes, *domain.notes()), domain=domain,

@@ -35,7 +35,8 @@ class PlanOptions:
     question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales. ``couple`` "fused": weights
     that runtimes multiply together get one choice. ``partial``: blocks that do not divide ("refuse", "pad", "drop").
     ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or "*" -> choice -> seconds.
-    ``samples`` choose, ``eval_samples`` others judge. Raises :class:`InputError` for values that cannot be meant.
+    ``samples`` choose, ``eval_samples`` others judge. ``allow_missing``: as for :class:`~aqnfx.diagnosis.options.Options`.
+    Raises :class:`InputError` for values that cannot be meant.
     """
 
     formats: str | None = None
@@ -68,6 +69,7 @@ class PlanOptions:
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
+    allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:

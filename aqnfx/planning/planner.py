@@ -139,7 +139,7 @@ def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, te
         samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
         ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles,
         text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
-        adaptive=True, perturb=_any_format(wanted),
+        adaptive=True, perturb=_any_format(wanted), allow_missing=wanted.allow_missing,
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
     return dataclasses.replace(ready, program=Pipeline.parse("partition-blocks")(ready.program))  # plans start from blocks

@@ -74,10 +74,7 @@ def threshold_plan(
     wanted = PlanOptions(rule="threshold", formats=",".join(formats), thresholds=thresholds, **options)
     ready = None if data is None else prepare_plan(model, data, wanted, tokenizer, tell)
     tell("tracing")
-    if ready is not None:
-        program = ready.program
-    else:
-        program = model if isinstance(model, Program) else trace(model, dtype=getattr(torch, wanted.dtype))
+    program = _traced(model, wanted) if ready is None else ready.program
     tagged = as_probed(program, smap)
     problem = make_problem(tagged, wanted)
     found = {part.module: sensitivity(part, tagged, smap) for part in problem.parts}
@@ -105,6 +102,12 @@ def threshold_plan(
     facts |= {"map": map_facts(smap), "seconds": time.perf_counter() - began}
     record = made | {"model": model_facts(model, tagged), "notes": notes, "provenance": facts}
     return PrecisionPlan(**jsonable(record) | {"assignments": problem.assignments(picked)})
+
+
+def _traced(model: nn.Module | Program | str | Path, options: PlanOptions) -> Program:
+    if isinstance(model, Program):
+        return model
+    return trace(model, dtype=getattr(torch, options.dtype), allow_missing=options.allow_missing)
 
 
 def sensitivity(part: Part, program: Program, smap: SensitivityMap) -> Sensitivity | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aqnfx.errors import ModelError, printable
-from aqnfx.graph.checkpoint_files import Entry, header_digest, model_directory, read_config, read_entries
+from aqnfx.graph.checkpoint_files import QUANTISED, Entry, header_digest, model_directory, read_config, read_entries
 
 CHUNK = 1 << 19
 """Values of a chunk: what eager temporaries keep near the core (measured: half as fast at 2^22), and enough for a kernel."""
@@ -31,7 +31,6 @@ _EXPERT_TYPES = {"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "a
 _EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj|fc1\.weight|fc2\.weight)$")
 
 _NO_WEIGHT = re.compile(r"(bias|mask|_ids|_index|_indices)$")  # old checkpoints keep attention masks and position ids
-_QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|absmax|\w*_blocks|\w*_scales)$")
 _KERNEL = 64  # a third dimension below this is the kernel of a convolution, from here on a stack of matrices
 
 
@@ -148,7 +147,7 @@ def _not_floating(entry: Entry, config: Mapping[str, Any]) -> str:
     settings = config.get("quantization_config")
     method = f" ({settings.get('quant_method', 'see its config')})" if isinstance(settings, Mapping) else ""
     name = printable(entry.key)
-    if method or entry.dtype.startswith(("F8", "F6", "F4")) or _QUANTISED.search(entry.key):
+    if method or entry.dtype.startswith(("F8", "F6", "F4")) or QUANTISED.search(entry.key):
         return f"the checkpoint is quantised already{method}: {name} is {entry.dtype}; scan the one it was made from"
     return f"{name} has the type {entry.dtype}, which is not floating point; scan a checkpoint in fp32, fp16 or bf16"
 

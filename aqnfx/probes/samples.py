@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from aqnfx.data import EMBEDDED
 from aqnfx.errors import InputError, ModelError
-from aqnfx.graph.loading import EMBEDDED
 from aqnfx.probes.data import DataWarning, Encoded, Example, encode
 from aqnfx.probes.examples import Data, read_examples
 from aqnfx.probes.tasks import ANSWERED

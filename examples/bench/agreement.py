@@ -28,12 +28,12 @@ from scipy.stats import spearmanr
 from small_models import BRIEF, FULL, problem_texts, train
 
 from aqnfx import Pipeline, Program
+from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.graph.edit import control_buffer
-from aqnfx.graph.loading import EMBEDDED
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import eager_forward

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from aqnfx import Pipeline, Program
+from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
-from aqnfx.graph.loading import EMBEDDED
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import E2M1, E4M3, parse_format, quantize, relative_error, round_element
 from aqnfx.probes.forward import compiled_forward, eager_forward

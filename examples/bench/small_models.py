@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aqnfx.data import embedded_problems
-from aqnfx.graph.loading import EMBEDDED
+from aqnfx.data import EMBEDDED, embedded_problems
 from aqnfx.probes.data import load_examples
 from aqnfx.probes.samples import load_tokenizer
 

@@ -40,8 +40,8 @@ def test_a_model_with_hooks_is_traced_as_one_without(name: str) -> None:
 
 
 def test_a_spread_model_gives_the_same_map(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hooked(name: str, *, dtype: torch.dtype, device: str) -> Any:
-        model: Any = load_model(name, dtype=dtype, device=device)
+    def hooked(name: str, *, device: str, **options: Any) -> Any:
+        model: Any = load_model(name, device=device, **options)
         if device != "auto":
             return model
         parts = dict.fromkeys((*(f"model.{n}" for n in ("embed_tokens", "layers", "norm", "rotary_emb")), "lm_head"), "cpu")
@@ -70,7 +70,8 @@ def test_misuse_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Options(device="auto", executor="ray")
     with pytest.raises(InputError, match="device auto is for models that are loaded here"):
         run(build("qwen2", num_hidden_layers=2), TEXT, Options(device="auto"))
-    monkeypatch.setattr("transformers.Qwen2ForCausalLM.from_pretrained", lambda *_a, **_k: torch.nn.Linear(2, 2, device="meta"))
+    loaded = (torch.nn.Linear(2, 2, device="meta"), {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()})
+    monkeypatch.setattr("transformers.Qwen2ForCausalLM.from_pretrained", lambda *_a, **_k: loaded)
     with pytest.raises(ModelError, match=r"does not fit into the accelerators of this machine .*smaller dtype"):
         load_model(str(directory), device="auto")
 
