@@ -158,7 +158,7 @@ def _to_program(exported: ExportedProgram, source: dict[str, Any], notes: tuple[
                 fixed_sizes.append(f"{node.target}: the model's forward fixes {sizes}")
     return Program(
         module=module.train(False), signature=signature, source=source,
-        original=fingerprint(module.graph), notes=(*notes, *domain.notes()), domain=domain,
+        original=fingerprint(module.graph), notes=(*notes, *fixed_sizes, *domain.notes()), domain=domain,
     )  # fmt: skip
 
 
