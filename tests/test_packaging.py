@@ -45,6 +45,7 @@ RANKS = {
     "export": 6,
     "reporting": 6,
     "cli": 7,
+    "__main__": 7,
 }
 
 

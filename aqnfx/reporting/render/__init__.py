@@ -1,1 +1,1 @@
-"""How blocks look: in a terminal, as GitHub Markdown, as HTML."""
+"""How blocks look: in a terminal, and as GitHub Markdown."""
