@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,15 @@ def own_exports(shared_exports: Exports | None) -> Iterator[None]:
     shared_exports.fresh = True
     yield
     shared_exports.fresh = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let Inductor write scalar code, but for slow tests: compiling vector instructions takes it most of a minute."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "compiler"):
+        from torch._inductor import config
+
+        config.cpp.simdlen = None if item.get_closest_marker("slow") else 1
 
 
 # A skip without an expiry condition fails the session ----------------------------------------------------------------

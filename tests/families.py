@@ -85,6 +85,9 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(options=_LLAMA),
 }  # fmt: skip
 
+CORE = ("llama", "gemma2", "phi3", "gpt2", "falcon", "bloom", "mixtral", "mamba", "bert", "t5", "vit")
+"""What differs most: norms, fused and shared projections, attention with a bias, experts, a scan, an encoder, pictures."""
+
 
 def depth(name: str, blocks: int) -> dict[str, int]:
     """Return the change of options that gives every stack of a family ``blocks`` blocks."""

@@ -73,13 +73,14 @@ def test_example_runs_quickly(
     assert capfd.readouterr().out.strip(), f"{example.name} printed nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is absent on this platform")
 def test_examples_import_what_they_use(tmp_path: Path) -> None:
     """In a process in which nothing has imported the package before."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FIRST_USERS, *map(str, EXAMPLES)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("--quick") >= 2 * len(EXAMPLES)  # usage and description

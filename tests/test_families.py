@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ import aqnfx
 from aqnfx.errors import AqnfxError
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag, is_float
-from tests.families import FAMILIES, build, build_from, depth, inputs
+from tests.families import CORE, FAMILIES, build, build_from, depth, inputs
 
 pytestmark = pytest.mark.usefixtures("own_exports")
 
@@ -55,7 +55,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+def of_families(names: Iterable[str]) -> Any:
+    """A test of each of the families; of others than the core it is slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
+    )
+
+
+every_family = of_families(FAMILIES)
 
 
 @every_family
@@ -193,7 +200,7 @@ SPECIAL = {"nan": 0x7FC01234, "inf": 0x7F800000, "-inf": 0xFF800000, "-0": 0x800
 WITH_TOKENS = [name for name in FAMILIES if name != "vit"]
 
 
-@pytest.mark.parametrize("name", WITH_TOKENS)
+@of_families(WITH_TOKENS)
 @pytest.mark.parametrize("value", SPECIAL)
 def test_special_values_pass_through(name, value):
     model, program, _, noisy = traced(name)

@@ -35,6 +35,6 @@ def check(tmp_path: Path, source: str, expected: int, *options: str) -> None:
     (tmp_path / "test_one.py").write_text(f"import pytest\n{source}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "-c", "/dev/null", str(tmp_path)]
     alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=alone)
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=900, env=alone)
     assert done.returncode == expected, done.stdout + done.stderr
     assert ("without an expiry condition" in done.stdout) == ("no reason" in source or "later" in source)

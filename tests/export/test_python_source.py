@@ -58,7 +58,7 @@ def test_the_printed_module_can_be_read(case: Case) -> None:
 def test_lowered_it_needs_nothing_of_this_project(case: Case, tmp_path: Path) -> None:
     found = export_python(case.job(FORMATS), case.new(), pipeline="lower-ops")
     hidden = "import sys; sys.modules['aqnfx'] = None; import runpy; runpy.run_path('model.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", hidden], cwd=found.path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", hidden], cwd=found.path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "logits" in done.stdout
     module = module_of((found.path / SOURCE).read_text("utf-8"), tmp_path / "printed.py")

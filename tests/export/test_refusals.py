@@ -121,7 +121,7 @@ def test_the_command_line(
 ) -> None:
     plan = case.write({DOWN: {"weight": "int8:row"}})
     command = [sys.executable, "-m", "aqnfx.cli.main", "export", str(plan), "--to", "torchao", "--out", "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "bytes stored" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()

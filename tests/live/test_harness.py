@@ -52,6 +52,7 @@ def test_the_harness_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         harness_lm(handle, "tokenizer")
 
 
+@pytest.mark.slow  # imports all of the harness
 def test_a_cache_of_the_harness_is_refused(tmp_path: Any) -> None:
     import transformers
     from lm_eval.api.model import CachingLM

@@ -75,20 +75,23 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
-def test_every_kind_is_what_the_operator_gives(kind: NoiseKind, monkeypatch: pytest.MonkeyPatch) -> None:
+def of_all_kinds(*given: Tensor) -> tuple[Tensor, ...]:
+    return tuple(value for kind in NoiseKind for value in sites(*given, kind))  # type: ignore[call-arg,misc]
+
+
+def test_every_kind_is_what_the_operator_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, given = rewritten(monkeypatch), arguments()
 
-    compiled = torch.compile(lambda *a: sites(*a, kind), backend=compile_inlined, dynamic=True)  # type: ignore[misc,arg-type]
+    compiled = torch.compile(of_all_kinds, backend=compile_inlined, dynamic=True)
     with uncached(), torch.no_grad():
-        found = compiled(*given)
-        expected = sites(*given, kind)  # type: ignore[misc]
-    assert seen == [5, 0]
+        found, expected = compiled(*given), of_all_kinds(*given)
+    assert seen == [5 * len(NoiseKind), 0]
     for a, b in zip(found, expected, strict=True):
         assert not torch.equal(b.nan_to_num(), given[0].nan_to_num())
         assert torch.allclose(a, b, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.slow  # the ends of vectors are what it is about
 def test_compiled_noise_writes_nothing_but_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 32-bit multiple of an index overflows; a C++ compiler may then drop the ends of loops (see ``columns``)."""
     kept: list[tuple[int, Tensor]] = []
@@ -128,7 +131,7 @@ def test_hashes_are_identical_and_normals_close() -> None:
     assert torch.allclose(torch.compile(torch.ops.aqnfx.normal)(bits), normal_of(bits), rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("together", "drawn"), [(noise_calls.TOGETHER, 3), (0, 5)])
+@pytest.mark.parametrize(("together", "drawn"), [(noise_calls.TOGETHER, 3), pytest.param(0, 5, marks=pytest.mark.slow)])
 def test_draws_alone_or_together_are_the_same(together: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, normals = rewritten(monkeypatch), kernels(monkeypatch)
     monkeypatch.setattr(noise_calls, "TOGETHER", together)
@@ -177,6 +180,7 @@ def test_kinds_of_one_graph_keep_to_themselves() -> None:
         assert torch.allclose(a, b, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_values_that_may_become_longer_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     def two(x: Tensor, level: Tensor, first: Tensor, second: Tensor, run: Tensor, batch: int) -> tuple[Tensor, ...]:
         return NOISE(x, level, first, run, None, None, batch, "relative_gaussian"), NOISE(

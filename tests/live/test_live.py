@@ -22,8 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 NOISE: dict[str, Any] = {"level": 0.1, "ops": "core", "seed": 5, "step": 3}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
 def test_a_live_model_is_the_model_and_the_program(family: str) -> None:
     model, given = build(family, **depth(family, 1 if family == "t5" else 2)), inputs(family, 2, 11)
     labels = {"labels": given.get("decoder_input_ids", given["input_ids"])}
@@ -47,10 +46,16 @@ def test_a_live_model_is_the_model_and_the_program(family: str) -> None:
     assert not torch.equal(noised, plain.logits)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("gpt2", "static"), ("t5", "static")])
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("llama", "dynamic"),
+        pytest.param("gpt2", "static", marks=pytest.mark.slow),
+        pytest.param("t5", "static", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_generation_is_unchanged_and_noise_changes_it(family: str, cache: str) -> None:
-    model, given = build(family), inputs(family, 2, 9, pad=0)
+    model, given = build(family, **depth(family, 1 if family == "llama" else 3)), inputs(family, 2, 9, pad=0)
     given.pop("decoder_input_ids", None)
     given["attention_mask"][0, :3] = 0  # left padding
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -110,8 +115,7 @@ def test_an_encoder_that_stays_python_is_reported() -> None:
         assert any(site.startswith("decoder.block.0.") for site in handle.sites)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_recomputes_the_same_noise(inner: str) -> None:
     given = inputs("llama", 2, 8, pad=0)
     found = []

@@ -142,6 +142,13 @@ def test_samples_that_agree_have_no_width():
     assert found.high == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("n", [10, 20])
+def test_ties_count_half_so_that_symmetric_scores_have_symmetric_bounds(n):
+    """Where many resamples equal the estimate, as with gains and losses of one, it is not pulled to either side."""
+    found = bootstrap_ratio([-1.0, 1.0] * (n // 2), [1.0] * n)
+    assert found.low == -found.high < 0.0
+
+
 def test_paired_difference_is_narrower_than_the_ratios():
     rng = np.random.default_rng(8)
     base = rng.exponential(size=80)

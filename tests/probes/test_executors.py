@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
 from collections.abc import Iterator
@@ -82,7 +84,7 @@ def test_threads_give_what_one_process_gives(directory: Path, alone: Measurement
             if number == 0:
                 started.set()
             else:
-                started.wait(30)  # so that the first worker gets something to do
+                started.wait(900)  # so that the first worker gets something to do
             return inner(items)
 
         worker.run = spied  # type: ignore[method-assign]
@@ -165,16 +167,37 @@ def test_without_ray_the_message_says_what_to_install(directory: Path, monkeypat
 # Ray -----------------------------------------------------------------------------------------------------------------
 
 
+# How long Ray waits for its own parts: by default less than they may take to start on a busy machine.
+PATIENCE = {
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "900",
+    "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "900",
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "900",
+    "RAY_gcs_server_request_timeout_seconds": "900",
+    "RAY_worker_register_timeout_seconds": "900",
+    "RAY_health_check_timeout_ms": "900000",
+}
+ATTEMPTS = 8  # a node that takes more than 30 s to start gives up, whatever is asked of it
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A Ray cluster of this machine with two workers, which the executors below join."""
     ray = pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
-    with warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # "local": without it Ray looks for the last cluster of this machine first, and fails when that one has ended.
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+        for name, value in PATIENCE.items():
+            patch.setenv(name, value)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                # "local": without it Ray looks for the last cluster of this machine first, and fails when that one has ended.
+                ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                break
+            except Exception:
+                ray.shutdown()
+                if not left:
+                    raise
+        yield ray
+        ray.shutdown()
 
 
 def free_port() -> int:
@@ -183,25 +206,36 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def answering(command: list[str], environment: dict[str, str], port: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start a server, again where it ends, and return it once its port answers, however long that takes."""
+    for _ in range(ATTEMPTS):
+        with log.open("w") as out:
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        while process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                return process
+            time.sleep(0.2)
+    raise AssertionError(log.read_text()[-2000:])
+
+
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """The client address of a Ray cluster in processes of its own, which asks for a token, and what its clients need."""
     pytest.importorskip("ray", reason="ray is absent: the extra aqnfx[ray] is not installed")
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as place:  # a short path: sockets are made in it
-        client = {**os.environ, "RAY_TMPDIR": place, "RAY_AUTH_TOKEN": "0" * 64}
+        client = {**os.environ, **PATIENCE, "RAY_TMPDIR": place, "RAY_AUTH_TOKEN": "0" * 64}
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
         start += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--ray-client-server-port={port}"]
         start += ["--include-dashboard=false", "--disable-usage-stats"]
         # Without gRPC's fork handlers: with them, one client's server in four ends at its start on a busy machine.
         there = {**client, "RAY_AUTH_MODE": "token", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-        with (tmp_path / "head.txt").open("w") as log:
-            process = subprocess.Popen(start, env=there, stdout=log, stderr=log)
+        process = answering(start, there, port, tmp_path / "head.txt")
         try:
             yield f"ray://127.0.0.1:{port}", client
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(900)
 
 
 @pytest.mark.slow
@@ -222,12 +256,15 @@ def test_a_cluster_elsewhere_is_joined_as_client(
     options = {**QUICK, "executor": address, "workers": 2}
     process = subprocess.run(
         [sys.executable, str(script), json.dumps([str(directory), TEXT, options])],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
     scores = json.loads(process.stdout.splitlines()[-1])
     assert scores.keys() == alone.scores.keys()
-    assert all(np.array_equal(np.array(values, alone.scores[name].dtype), alone.scores[name]) for name, values in scores.items())
+    assert all(
+        np.array_equal(np.array(values, alone.scores[name].dtype), alone.scores[name])
+        for name, values in scores.items()
+    )
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -252,7 +289,9 @@ def test_a_cluster_that_does_not_answer_is_one_line(
         monkeypatch.setenv(token, "0" * 64)
     if named:
         monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:10001")
-    with pytest.raises(InputError, match=r"^the Ray cluster 'ray://nowhere:10001' cannot be reached: ray client conn.*; check"):
+    with pytest.raises(
+        InputError, match=r"^the Ray cluster 'ray://nowhere:10001' cannot be reached: ray client conn.*; check"
+    ):
         RayExecutor(lambda: None, identity="", address="ray" if named else "ray://nowhere:10001")  # type: ignore[arg-type,return-value]
     assert os.environ.get("RAY_AUTH_MODE") == ("token" if token else None)
 
@@ -267,7 +306,9 @@ def test_a_server_that_does_not_start_is_asked_twice(monkeypatch: pytest.MonkeyP
     def failing(**where: Any) -> None:
         calls.append(where["address"])
         if len(calls) <= failures:
-            raise ConnectionAbortedError("Initialization failure from server:\nTraceback\nRuntimeError: Starting failed.\n\n")
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback\nRuntimeError: Starting failed.\n\n"
+            )
 
     monkeypatch.setattr("ray.init", failing)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
@@ -278,7 +319,9 @@ def test_a_server_that_does_not_start_is_asked_twice(monkeypatch: pytest.MonkeyP
     if failures == 1:
         RayExecutor(lambda: None, identity="", address="ray://there:10001")  # type: ignore[arg-type,return-value]
     else:
-        with pytest.raises(InputError, match="'ray://there:10001' cannot be reached: RuntimeError: Starting failed; check"):
+        with pytest.raises(
+            InputError, match="'ray://there:10001' cannot be reached: RuntimeError: Starting failed; check"
+        ):
             RayExecutor(lambda: None, identity="", address="ray://there:10001")  # type: ignore[arg-type,return-value]
     assert calls == ["ray://there:10001"] * 2
 

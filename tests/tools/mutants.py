@@ -312,8 +312,8 @@ MUTANTS = (
     Mutant(
         "journal",
         "two-runs-write",
-        "fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)",
         ("test_journal",),
     ),
     Mutant(
@@ -341,15 +341,15 @@ MUTANTS = (
     Mutant(
         "cli",
         "wrong-exit-code",
-        "raise typer.Exit(TERMINATED if terminated else INTERRUPTED)",
-        "raise typer.Exit(TERMINATED if terminated else 1)",
+        "interrupted = Code.TERMINATED if terminated else Code.INTERRUPTED",
+        "interrupted = Code.TERMINATED",
         ("test_interrupt",),
     ),
     Mutant(
         "cli",
         "journal-stays",
-        "    journal.unlink(missing_ok=True)\n\n\n@contextlib",
-        "\n\n@contextlib",
+        "if not smap.partial:  # before anything is printed",
+        "if smap.partial:  # before anything is printed",
         ("test_commands", "test_interrupt"),
     ),
 )
@@ -370,7 +370,7 @@ def place_of(mutant: Mutant, root: Path) -> Path:
     return found[0]
 
 
-def test_files(mutant: Mutant, root: Path) -> list[str]:
+def files_of(mutant: Mutant, root: Path) -> list[str]:
     """Return the test files that should notice; a name that several folders have stands for all of them."""
     found = [path for name in mutant.tests for path in sorted((root / "tests").glob(f"**/{name}.py"))]
     if not found:
@@ -416,7 +416,7 @@ def run_tests(root: Path, files: Sequence[str], slow: bool) -> tuple[int, str]:
 def verdict(mutant: Mutant, root: Path, slow: bool) -> tuple[str, str]:
     """Return "killed", "survived" or "broken" of a mutant in the copy at ``root``, and a line of why."""
     try:
-        path, files = place_of(mutant, root), test_files(mutant, root)
+        path, files = place_of(mutant, root), files_of(mutant, root)
     except LookupError as error:
         return "broken", str(error)
     before = path.read_text(encoding="utf-8")
@@ -445,7 +445,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as parent:
         root = copy_tree(Path(parent))
         if not asked.unchecked:
-            files = sorted({file for mutant in chosen for file in test_files(mutant, root)})
+            files = sorted({file for mutant in chosen for file in files_of(mutant, root)})
             code, said = run_tests(root, files, asked.all)
             if code:
                 print(f"the tests fail without any fault:\n{said}")
