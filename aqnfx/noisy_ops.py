@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from aqnfx.errors import InputError, nearest
+from aqnfx.graph.controls import check_level, whole_number
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.live.board import ERROR_TYPES, OPERATORS, PHASES, Board
 
@@ -34,11 +35,15 @@ def enable_noisy_ops(
     ``error_scale`` is the noise level, relative to the value or, for ``absolute_gaussian``, in its unit. ``all_ops_mode`` adds
     softmax, activations and norms to the products. Raises :class:`InputError` for a negative scale and an unknown type.
     """
-    if not (isinstance(error_scale, (int, float)) and 0.0 <= error_scale < float("inf")):
-        raise InputError(f"error_scale {error_scale!r} must be a finite number that is not negative")
+    _board.change(**_enabled(error_scale, error_type, all_ops_mode))
+
+
+def _enabled(error_scale: float, error_type: str, all_ops_mode: bool) -> dict[str, Any]:
+    """Return the checked switches of noise that is on."""
+    scale = check_level(error_scale, "error_scale")
     if error_type not in ERROR_TYPES:
         raise InputError(f"unknown error_type {error_type!r}; known: {', '.join(ERROR_TYPES)}{nearest(error_type, ERROR_TYPES)}")
-    _board.change(enabled=True, error_scale=float(error_scale), error_type=error_type, all_ops_mode=bool(all_ops_mode))
+    return {"enabled": True, "error_scale": scale, "error_type": error_type, "all_ops_mode": bool(all_ops_mode)}
 
 
 def disable_noisy_ops() -> None:
@@ -50,15 +55,12 @@ def disable_noisy_ops() -> None:
 def noisy_ops_context(
     error_scale: float = 1e-5, error_type: str = "relative_gaussian", all_ops_mode: bool = False
 ) -> Iterator[None]:
-    """Switch noise on inside a ``with`` block; after it everything is switched as before."""
-    with _board.lock:
-        before = _board.switches
-    enable_noisy_ops(error_scale, error_type, all_ops_mode)
-    try:
+    """Switch noise on inside a ``with`` block; after it everything is switched as before.
+
+    Where blocks of several threads overlap, for all of them that one counts that began last and goes on.
+    """
+    with _board.block(**_enabled(error_scale, error_type, all_ops_mode)):
         yield
-    finally:
-        names = ("enabled", "error_scale", "error_type", "all_ops_mode")
-        _board.change(**{name: getattr(before, name) for name in names})
 
 
 def is_enabled() -> bool:
@@ -168,12 +170,12 @@ def get_phase() -> str:
     return _board.phase
 
 
-def set_noise_seed(seed: int) -> None:
-    """Start the noise of all registered models, and of those that follow, from ``seed``."""
-    with _board.lock:
-        _board.seed = int(seed)
-        for handle in _board.handles.values():
-            handle.load_state_dict({"seed": int(seed), "step": 0, "row_offset": 0})
+def set_noise_seed(seed: int | None) -> None:
+    """Start the noise of all registered models, and of those that follow, from ``seed``, whatever torch's generator does.
+
+    None, as at the beginning: noise follows torch's generator, see docs/live.md.
+    """
+    _board.reseed(None if seed is None else whole_number(seed, "seed"))
 
 
 def get_layer_injection_stats() -> dict[int | str, dict[str, int]]:
@@ -244,9 +246,7 @@ def _several(values: Iterable[str]) -> list[str]:
 
 
 def _factor(value: Any) -> float:
-    if not (isinstance(value, (int, float)) and 0.0 <= value < float("inf")):
-        raise InputError(f"scale {value!r} must be a finite number that is not negative")
-    return float(value)
+    return check_level(value, "scale")
 
 
 def _from_environment(environment: Mapping[str, str]) -> None:
@@ -271,15 +271,17 @@ def _from_environment(environment: Mapping[str, str]) -> None:
     forward, backward = flag("FORWARD_ONLY"), flag("BACKWARD_ONLY")
     if forward and backward:
         raise InputError(f"{_ENVIRONMENT}FORWARD_ONLY and {_ENVIRONMENT}BACKWARD_ONLY exclude each other")
-    set_noise_phases(forward=not backward, backward=not forward)
+    changes: dict[str, Any] = {"forward": not backward, "backward": not forward}
     if "LAYERS" in given:
-        set_selective_layers(_layer_list(given["LAYERS"]))
+        changes["layers"] = frozenset(_layer_list(given["LAYERS"]))
     if "OPS" in given:
-        set_selective_operators([op.strip() for op in given["OPS"].split(",") if op.strip()])
-    _board.seed = number("SEED", "0", int)
+        changes["operators"] = frozenset(_operator(op.strip()) for op in given["OPS"].split(",") if op.strip())
+    seed = number("SEED", "0", int) if "SEED" in given else None
     if flag("ENABLED"):
-        scale = number("SCALE", "1e-4", float)
-        enable_noisy_ops(scale, given.get("TYPE", "relative_gaussian"), all_ops_mode=flag("ALL_OPS"))
+        kind = given.get("TYPE", "relative_gaussian")
+        changes |= _enabled(number("SCALE", "1e-4", float), kind, all_ops_mode=flag("ALL_OPS"))
+    _board.change(**changes)
+    _board.reseed(seed)
 
 
 def _layer_list(text: str) -> list[int]:
@@ -288,6 +290,8 @@ def _layer_list(text: str) -> list[int]:
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
             raise InputError(f"{_ENVIRONMENT}LAYERS={text} is not a list like 0,3-5")
+        if dash and int(high) < int(low):
+            raise InputError(f"{_ENVIRONMENT}LAYERS={text} has the empty range {part}; write {high}-{low}")
         found += range(int(low), int(high if dash else low) + 1)
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -80,9 +82,30 @@ def by_phase(level: float, phases: Phases) -> tuple[float, float]:
     """Return the forward and the backward level; raises :class:`InputError` for a level or phases that do not exist."""
     if phases not in PHASES:
         raise InputError(f"phases {phases!r} is not one of {', '.join(PHASES)}")
-    if not 0.0 <= level < float("inf"):
-        raise InputError(f"noise level {level} must be finite and not negative")
+    check_level(level)
     return level if phases != "backward" else 0.0, level if phases != "forward" else 0.0
+
+
+def check_level(value: Any, what: str = "noise level") -> float:
+    """Return a level or a factor on one; raises :class:`InputError` for what is no number from 0 on, or not one in fp32."""
+    try:
+        number = float(value)
+        held = float(torch.tensor(number, dtype=torch.float32))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = held = math.nan
+    if not 0.0 <= number < math.inf:
+        raise InputError(f"{what} {value!r} must be a number that is finite and not negative")
+    if math.isinf(held) or (number and not held):
+        raise InputError(f"{what} {value!r} is {held:g} in fp32, which levels are held in; give 0, or 1.5e-45 to 3.4e38")
+    return number
+
+
+def whole_number(value: Any, what: str) -> int:
+    """Return a seed, step or row offset; raises :class:`InputError` for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} {value!r} is not a whole number") from None
 
 
 def phases_of(forward: float, backward: float) -> Phases:
@@ -150,9 +173,11 @@ class NoiseControls:
 
     def set_run(self, *, seed: int | None = None, step: int | None = None, row_offset: int | None = None) -> None:
         """Set seed, step and row offset (each any Python integer; the low 32 bits count)."""
-        for index, value in enumerate((seed, step, row_offset)):
-            if value is not None:
-                self.run[index] = as_int32(int(value))
+        given = {"seed": seed, "step": step, "row_offset": row_offset}
+        numbers = [None if value is None else whole_number(value, name) for name, value in given.items()]
+        for index, number in enumerate(numbers):
+            if number is not None:
+                self.run[index] = as_int32(number)
 
     def set_level(self, site: str, level: float, phases: Phases = "forward") -> None:
         """Set the noise level of one site; the phases that are not named are switched off."""

@@ -220,18 +220,18 @@ class Program:
         """Set the noise controls inside a ``with`` block and restore them after it.
 
         ``layers`` (indices or labels), ``ops``, ``modules`` (globs), ``sites`` or a selector text ``where`` choose the
-        noisy sites (default all); the others are off. ``level``, ``seed``, ``step``, ``row_offset``, ``phases``
+        noisy sites (default all; an empty list or text: none); the others are off.
+        ``level``, ``seed``, ``step``, ``row_offset``, ``phases``
         ("forward", "backward", "both") and ``channels`` (indices, or a bool mask) say how; what is not given stays.
         Nothing is traced or compiled. Raises :class:`SelectorError` for names that the program does not have.
         """
-        from aqnfx.graph.selector import Selector, select_controls
+        from aqnfx.graph.selector import select_controls, selector_from
 
         saved = self.controls.state()
         try:
             if where is not None and settings.keys() & {"layers", "ops", "modules", "sites"}:
                 raise InputError("choose the sites by where= or by layers=, ops=, modules=, sites=, not by both")
-            selector = Selector.parse(where) if where else None
-            select_controls(self, selector, **settings)
+            select_controls(self, selector_from(where=where), **settings)
             yield
         finally:
             self.controls.restore(saved)

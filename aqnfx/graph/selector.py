@@ -39,6 +39,7 @@ class Selector:
     regions: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
+    nothing: bool = False  # an empty list was given: it selects no site
 
     def __post_init__(self) -> None:
         known = [*OP_SETS, *(str(k) for k in OpKind)]
@@ -61,7 +62,7 @@ class Selector:
     @classmethod
     def parse(cls, text: str) -> Selector:
         """Parse the text form; raises :class:`SelectorError` naming the part that is not understood."""
-        fields: dict[str, tuple[str, ...]] = {}
+        fields: dict[str, Any] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, colon, values = part.partition(":")
             if not colon or key not in _FIELDS:
@@ -75,6 +76,8 @@ class Selector:
         return cls(**fields)
 
     def __str__(self) -> str:
+        if self.nothing:
+            return "nothing"
         return ",".join(f"{f}:{'|'.join(getattr(self, f))}" for f in _FIELDS if getattr(self, f))
 
     def kinds(self) -> frozenset[OpKind]:
@@ -85,6 +88,8 @@ class Selector:
 
     def matches(self, site: Site) -> bool:
         """Return whether ``site`` is selected."""
+        if self.nothing:
+            return False
         if site.region == "position" and not (
             "position" in self.regions or self.modules or self.sites or "all" in self.ops
         ):
@@ -148,18 +153,22 @@ def _check_layer(pattern: str, layers: Sequence[tuple[str, int]]) -> None:
 
 def selector_from(
     *,
+    where: str | None = None,
     layers: Iterable[int | str] | None = None,
     ops: Iterable[str] | str | None = None,
     modules: Iterable[str] | str | None = None,
     sites: Iterable[str] | str | None = None,
 ) -> Selector | None:
-    """Return a selector from Python values, or None when nothing is given."""
+    """Return a selector from its text or from Python values, None when nothing is given; what is empty selects nothing."""
 
-    def texts(values: Iterable[Any] | str | None) -> tuple[str, ...]:
-        return () if values is None else (values,) if isinstance(values, str) else tuple(str(v) for v in values)
+    def texts(values: Iterable[Any] | str) -> tuple[str, ...]:
+        return (values,) if isinstance(values, str) else tuple(str(v) for v in values)
 
-    chosen = Selector(layers=texts(layers), ops=texts(ops), modules=texts(modules), sites=texts(sites))
-    return chosen if str(chosen) else None
+    if where is not None:
+        return Selector.parse(where) if where.strip() else Selector(nothing=True)
+    given = {"layers": layers, "ops": ops, "modules": modules, "sites": sites}
+    chosen: dict[str, Any] = {name: texts(values) for name, values in given.items() if values is not None}
+    return Selector(**chosen, nothing=not all(chosen.values())) if chosen else None
 
 
 def select_controls(
@@ -179,6 +188,7 @@ def select_controls(
 ) -> None:
     """Set the noise controls of ``program``: the selected sites to ``level``, all others off.
 
+    An empty selection is none.
     Without ``level`` the selected sites keep theirs. Raises :class:`SelectorError` when no noise node is selected.
     """
     controls = program.controls
@@ -186,7 +196,7 @@ def select_controls(
     chosen = set(controls.sites)
     if selector is not None:
         chosen &= {site.id for site in selector.select(program)}
-        if not chosen:
+        if not chosen and not selector.nothing:
             roles = sorted({role_of(site) for site in controls.sites} - {Role.OUTPUT})
             hint = f"; controls of operands are chosen by their role, as in roles:{'|'.join(roles)}" if roles else ""
             raise SelectorError(f"{selector} selects none of the {len(controls.sites)} sites with controls{hint}")

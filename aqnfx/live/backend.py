@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,10 @@ from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import module_stack
+from aqnfx.live.calls import LiveCall, is_whole
 from aqnfx.live.code import Call, Code, compile_with
 from aqnfx.live.controls import RUN, LiveControls
+from aqnfx.live.graphs import LiveGraph, State
 from aqnfx.live.lowering import Names, lower
 from aqnfx.live.roots import Root
 from aqnfx.passes.pipeline import Pipeline
@@ -38,38 +41,15 @@ INNER = ("inductor", "eager", "aot_eager")
 _MEMORY = ("insert-capture", "insert-scan", "insert-score")
 
 
-@dataclass(slots=True, eq=False)
-class State:
-    """Which sites of a graph are noisy, forward and on gradients, the code for them, and how often it ran both ways."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bound:
+    """What a graph runs with until the controls have another version: the place of seed, step and row offset is open."""
 
-    forward: frozenset[str] = frozenset()
-    backward: frozenset[str] = frozenset()
-    call: Call | None = None
-    forward_calls: int = 0
-    backward_calls: int = 0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class LiveGraph:
-    """One graph of a model as it runs: its sites, and how often it ran with which of them on.
-
-    ``fragment`` is the number of the code that it was captured from: graphs of the same fragment stand for each other
-    (prefill and decoding), a graph break starts another. ``switched``: id of a site with controls as the code has it -> its
-    id in the model.
-    """
-
-    fragment: int
-    switched: Mapping[str, str]
-    all_sites: tuple[str, ...]
-    modules: frozenset[str]
-    states: dict[tuple[frozenset[str], frozenset[str]], State] = field(default_factory=dict)
-
-    def state(self, controls: LiveControls) -> tuple[State, frozenset[str]]:
-        """Return the state that the controls make now, and the ids in the code of the sites that are on."""
-        levels = {site: controls.levels(site) for site in self.switched.values()}
-        forward, backward = (frozenset(site for site, level in levels.items() if level[phase]) for phase in (0, 1))
-        active = frozenset(own for own, site in self.switched.items() if any(levels[site]))
-        return self.states.setdefault((forward, backward), State(forward, backward)), active
+    version: int
+    state: State
+    call: Call
+    tensors: tuple[Any, ...]
+    place: int
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -79,9 +59,9 @@ class Backend:
     ``pipeline`` is the text of passes, tagging left out, or a :class:`~aqnfx.passes.pipeline.Pipeline`; ``inner`` is
     ``"inductor"``, ``"eager"``, ``"aot_eager"``, or a callable (graph module, inputs) -> callable. ``model`` gives modules
     and weights their names; without it they are those that Dynamo reports. One Backend serves one model: ``controls`` are
-    its controls, ``graphs`` what was captured, ``call`` the graphs that ran in the current call of the model; where
-    ``managed``, whoever makes the calls clears it. Inductor compiles the sites that the selector ``fast`` names once more by
-    themselves, with their noise written out; "" is none.
+    its controls, ``graphs`` what was captured, ``now`` the call of the model that runs in this thread; where ``managed``, whoever
+    makes the calls starts them, by the code ``roots``, and is told when a graph is only a part (``broke``). Inductor compiles
+    the sites that the selector ``fast`` names once more by themselves, with their noise written out; "" is none.
     """
 
     pipeline: str | Pipeline = PIPELINE
@@ -89,11 +69,12 @@ class Backend:
     model: dataclasses.InitVar[nn.Module | None] = None
     controls: LiveControls = field(default_factory=LiveControls)
     graphs: list[LiveGraph] = field(default_factory=list)
-    call: dict[LiveGraph, None] = field(default_factory=dict)
     managed: bool = False
     fast: str | Selector | None = FAST
+    roots: set[types.CodeType] = field(default_factory=set)
+    broke: Callable[[], None] | None = None
     _alive: weakref.ref[nn.Module] | None = None
-    _last: str = ""
+    _local: threading.local = field(default_factory=threading.local)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self, model: nn.Module | None) -> None:
@@ -120,8 +101,11 @@ class Backend:
         model = None if self._alive is None else self._alive()
         # Anew for every graph: weights may have been replaced since the last one.
         names = Names(modules={}, tensors={}) if model is None else Names.of(model)
+        whole = is_whole(captured, self.roots)
+        if not whole and self.broke is not None:
+            self.broke()
         with self._lock:
-            root = Root.of(captured, examples, names, model, self._last)
+            root = Root.of(captured, examples, names, model, self.now.last)
             title = "live" if model is None else type(model).__name__
             lowered = lower(captured, examples, names, title=title, root=root.name)
             stacks = "|".join(dict.fromkeys(stack for stack, _ in self.controls.layers))
@@ -137,37 +121,46 @@ class Backend:
             made = Code.of(lowered, rewritten, captured, examples, self.inner, self.fast)
             sites = tuple(site.id for site in tagged.sites)
             modules = frozenset(name for node in tagged.graph.nodes for name, _ in module_stack(node))
-            run = self._bind(made, fragment, sites, modules, lambda name: name)
+            run = self._bind(made, fragment, sites, modules, whole, lambda name: name)
         # Dynamo runs the code of one graph for every module of a class where it captures those by themselves. The code is
         # the same; the sites, and so the controls, are another module's.
         variants = {root.name: run}
 
         def call(*values: Any) -> Any:
-            name = root.now(values, names, self._last)
+            current = self.now
+            name = root.now(values, names, current.last)
             if name not in variants:
 
                 def renamed(old: str) -> str:
                     return name + old[len(root.name) :] if old == root.name or old.startswith(f"{root.name}.") else old
 
                 with self._lock:
-                    variants[name] = self._bind(made, fragment, sites, modules, renamed)
-            self._last = name
+                    variants[name] = self._bind(made, fragment, sites, modules, whole, renamed)
+            current.last = name
             return variants[name](*values)
 
         return call
 
-    def start(self) -> None:
-        """Begin another call of the model: whoever makes the calls says so."""
-        self.call.clear()
-        self._last = ""
+    @property
+    def now(self) -> LiveCall:
+        """The call of the model that runs in this thread, or the last one that did."""
+        found: LiveCall | None = getattr(self._local, "now", None)
+        return self.start() if found is None else found
+
+    def start(self, run: Tensor | None = None) -> LiveCall:
+        """Begin another call of the model, with the seed, step and row offset ``run``: whoever makes the calls says so."""
+        self._local.now = LiveCall(run)
+        started: LiveCall = self._local.now
+        return started
 
     def _starts(self) -> str:
         """Return how many operations of each (module, kind) the graphs hold that ran before this one in the same call."""
-        counts = collections.Counter(site.rpartition(":")[0] for graph in self.call for site in graph.all_sites)
+        counts = collections.Counter(site.rpartition(":")[0] for graph in self.now.graphs for site in graph.all_sites)
         return "|".join(f"{key}:{count}" for key, count in sorted(counts.items()))
 
     def _bind(
-        self, made: Code, fragment: int, sites: Sequence[str], modules: frozenset[str], renamed: Callable[[str], str]
+        self, made: Code, fragment: int, sites: Sequence[str], modules: frozenset[str], whole: bool,
+        renamed: Callable[[str], str],
     ) -> Callable[..., Any]:  # fmt: skip
         """Return what runs a compiled graph with the controls of the modules that ``renamed`` says."""
 
@@ -189,33 +182,39 @@ class Backend:
             site.id: moved(site).id for name, _, site in made.controls if site is not None and name.endswith("_level")
         }
         graph = LiveGraph(
-            fragment=fragment, switched=switched, modules=frozenset(map(renamed, modules)),
+            fragment=fragment, whole=whole, switched=switched, modules=frozenset(map(renamed, modules)),
             all_sites=tuple(renamed(site.rsplit(":", 2)[0]) + site[len(site.rsplit(":", 2)[0]) :] for site in sites),
         )  # fmt: skip
         self.graphs.append(graph)
         here = dict(zip((name for name, _, _ in made.controls), names, strict=True))
-        controls, leads = self.controls, not self.call
-        version, state, tensors, place = -1, State(), list[Any](), -1
+        controls, leads = self.controls, not self.now.graphs
+
+        def bind() -> _Bound:
+            with controls.lock:
+                state, active = graph.state(controls)
+                call = made.call(active)
+                tensors = tuple(controls.tensors[here[name]] for name in call.names)
+                place = call.names.index(RUN) if RUN in call.names else -1
+                return _Bound(controls.version, state, call, tensors, place)
+
+        bound: _Bound | None = None
 
         def run(*values: Any) -> Any:
-            nonlocal version, state, tensors, place
+            nonlocal bound
             if leads and not self.managed:
                 self.start()
-            self.call[graph] = None
-            if version != controls.version:
-                version = controls.version
-                state, active = graph.state(controls)
-                state.call = made.call(active)
-                tensors = [controls.tensors[here[name]] for name in state.call.names]
-                place = state.call.names.index(RUN) if RUN in state.call.names else -1
-            if place >= 0:
-                tensors[place] = controls.tensors[RUN]
-            now = state
-            now.forward_calls += 1
-            assert now.call is not None
-            outputs = now.call.run(*tensors, *values)
-            if now.backward and torch.is_grad_enabled():
-                _watch(now, outputs)
+            now, found = self.now, bound  # another thread may bind anew: this call keeps what it has
+            now.graphs[graph] = None
+            if found is None or found.version != controls.version:
+                found = bound = bind()
+            tensors = found.tensors
+            if (place := found.place) >= 0:
+                current = controls.tensors[RUN] if now.run is None else now.run
+                tensors = (*tensors[:place], current, *tensors[place + 1 :])
+            graph.count(found.state, 0)
+            outputs = found.call.run(*tensors, *values)
+            if found.state.sites[1] and torch.is_grad_enabled():
+                graph.watch(found.state, outputs)
             return outputs
 
         return run
@@ -225,30 +224,14 @@ class Backend:
     def hits(self) -> dict[str, dict[str, int]]:
         """Return how often noise was injected at each site since :meth:`reset_hits`: forward, and on gradients."""
         found = {site: {"forward": 0, "backward": 0} for site in self.controls.sites}
-        for graph in self.graphs:
-            for state in graph.states.values():
-                for site in state.forward:
-                    found[site]["forward"] += state.forward_calls
-                for site in state.backward:
-                    found[site]["backward"] += state.backward_calls
+        for graph in list(self.graphs):
+            graph.add_hits(found)
         return found
 
     def reset_hits(self) -> None:
         """Set every counter to 0."""
-        for graph in self.graphs:
-            for state in graph.states.values():
-                state.forward_calls = state.backward_calls = 0
-
-
-def _watch(state: State, outputs: Any) -> None:
-    """Count the backward pass of this call, when it comes."""
-    wanted = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
-    if wanted:
-
-        def ran(_: Tensor) -> None:
-            state.backward_calls += 1
-
-        torch.autograd.graph.register_multi_grad_hook(wanted, ran, mode="any")
+        for graph in list(self.graphs):
+            graph.reset_hits()
 
 
 def _allowing_empty(pipeline: Pipeline) -> Pipeline:

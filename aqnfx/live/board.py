@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from aqnfx.graph.opkinds import OP_SETS
 from aqnfx.graph.sites import Site
-from aqnfx.live.instrument import Handle, instrument
+from aqnfx.live.instrument import Handle, prepare
 from aqnfx.numerics.noise import NoiseKind
 
 OPERATORS = ("matmul", "bmm", "linear", "softmax", "silu", "gelu", "layer_norm", "rms_norm")
@@ -63,56 +65,99 @@ class Switches:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a ``with`` block of one thread switches until it ends, on top of what is switched and of earlier blocks."""
+
+    key: object
+    thread: int
+    changes: Mapping[str, Any]
+
+
 class Board:
-    """The switches, and the models that they hold for."""
+    """The switches, and the models that they hold for; ``base`` are the switches without those of open ``blocks``."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.switches = Switches()
+        self.base = Switches()
+        self.switches = self.base
         self.handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
         self.kinds: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.inner: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        self.seed = 0
+        self.blocks: tuple[Block, ...] = ()
+        self.seed: int | None = None  # None: noise follows torch's generator
         self.phase = "unknown"
         self.counts: dict[str, int] = {}
         self.layers: dict[int | str, dict[str, int]] = {}
 
     def change(self, **changes: Any) -> None:
-        """Set switches; where a model does not have what is named, all stays as it was."""
+        """Set switches; where a model does not have what is named, all stays as it was.
+
+        A thread that is in a block changes what the block switches, until its end.
+        """
         with self.lock:
-            for model in [model for model, handle in self.handles.items() if handle.removed]:
-                del self.handles[model]  # it could not be captured, and said so
-            self.book()
-            before, self.switches = self.switches, dataclasses.replace(self.switches, **changes)
-            try:
-                for model in list(self.handles):
-                    self.apply(model)
-            except Exception:
-                self.switches = before
-                for model in list(self.handles):
-                    self.apply(model)
-                raise
+            mine = next((block for block in reversed(self.blocks) if block.thread == threading.get_ident()), None)
+            own = {name: value for name, value in changes.items() if mine is not None and name in mine.changes}
+            blocks = tuple(
+                dataclasses.replace(one, changes={**one.changes, **own}) if one is mine else one for one in self.blocks
+            )
+            rest = {name: value for name, value in changes.items() if name not in own}
+            self._switch(dataclasses.replace(self.base, **rest), blocks)
+
+    @contextmanager
+    def block(self, **changes: Any) -> Iterator[None]:
+        """Set switches inside a ``with`` block. Of blocks of several threads that of the last that began and goes on counts."""
+        key = object()
+        with self.lock:
+            self._switch(self.base, (*self.blocks, Block(key, threading.get_ident(), changes)))
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._switch(self.base, tuple(block for block in self.blocks if block.key is not key))
+
+    def _switch(self, base: Switches, blocks: tuple[Block, ...]) -> None:
+        for model in [model for model, handle in self.handles.items() if handle.removed]:
+            del self.handles[model]  # it could not be captured, and said so
+        self.book()
+        before = (self.base, self.blocks, self.switches)
+        changes = {name: value for block in blocks for name, value in block.changes.items()}
+        self.base, self.blocks, self.switches = base, blocks, dataclasses.replace(base, **changes)
+        try:
+            for model in list(self.handles):
+                self.apply(model)
+        except Exception:
+            self.base, self.blocks, self.switches = before
+            for model in list(self.handles):
+                self.apply(model)
+            raise
 
     def apply(self, model: nn.Module) -> None:
-        handle, wanted = self.handles[model], self.switches
-        if self.kinds[model] != wanted.error_type:  # a constant of the graph
-            state = handle.state_dict()
-            handle.remove()
-            handle = self._instrument(model)
-            handle.load_state_dict(state)
-        handle.set_noise(**wanted.settings())
+        handle = self.handles[model]
+        if self.kinds[model] != self.switches.error_type:  # a constant of the graph
+            self._instrument(model, instead_of=handle)
+        else:
+            self._set(handle)
+
+    def _set(self, handle: Handle) -> None:
+        settings = self.switches.settings()
+        handle.set_noise(**settings)
+        follows = self.seed is None and settings["level"] > 0.0
+        handle.controls.source = _from_generator if follows else None
+
+    def reseed(self, seed: int | None) -> None:
+        """Start the noise of all models from ``seed``, and of those that follow; None: let it follow torch's generator."""
+        with self.lock:
+            self.seed = seed
+            for handle in [handle for handle in self.handles.values() if not handle.removed]:
+                handle.load_state_dict({"seed": seed or 0, "step": 0, "row_offset": 0})
+                self._set(handle)
 
     def register(self, model: nn.Module, inner: Any) -> int:
         with self.lock:
             if model not in self.handles or self.handles[model].removed:
                 self.inner[model] = inner
                 self._instrument(model)
-                self.handles[model].set_noise(seed=self.seed)
-                try:
-                    self.apply(model)
-                except Exception:
-                    self.forget(model)
-                    raise
             return len(self.handles[model].layers)
 
     def forget(self, model: nn.Module) -> None:
@@ -121,11 +166,14 @@ class Board:
             if (handle := self.handles.pop(model, None)) is not None:
                 handle.remove()
 
-    def _instrument(self, model: nn.Module) -> Handle:
+    def _instrument(self, model: nn.Module, instead_of: Handle | None = None) -> None:
+        """Let a model run by a handle that is set already: no call finds it without."""
         kind = self.switches.error_type
-        handle = instrument(model, pipeline=f"insert-noise{{where=ops:all kind={kind}}}", inner=self.inner[model])
-        self.handles[model], self.kinds[model] = handle, kind
-        return handle
+        handle = prepare(model, pipeline=f"insert-noise{{where=ops:all kind={kind}}}", inner=self.inner[model])
+        state = {"seed": self.seed or 0, "step": 0, "row_offset": 0} if instead_of is None else instead_of.state_dict()
+        handle.load_state_dict(state)
+        self._set(handle)
+        self.handles[model], self.kinds[model] = handle.install(instead_of), kind
 
     def book(self) -> None:
         """Add what was injected since the last time to the counters of the current phase and of the layers."""
@@ -138,3 +186,9 @@ class Board:
                     self.counts[key] = self.counts.get(key, 0) + count
                     layer[direction] += count
             handle.reset_stats()
+
+
+def _from_generator() -> tuple[int, int]:
+    """Return a seed and a step for one call, drawn from torch's default generator on the CPU."""
+    seed, step = torch.randint(-(1 << 31), 1 << 31, (2,), dtype=torch.int64, device="cpu").tolist()
+    return seed, step

@@ -22,7 +22,8 @@ from aqnfx.live.eager_noise import draw_together
 from aqnfx.live.lowering import Lowered, with_regions
 
 Control = tuple[str, Tensor, Site | None]
-_KEPT = 64  # selections whose code is kept
+KEPT = 64
+"""Selections of a graph whose code and counters are kept by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Code:
         if self._compiled is not None:
             return next(call for sites, call in self._compiled.items() if active <= sites)
         if active not in self._calls:
-            if len(self._calls) >= _KEPT:
+            if len(self._calls) >= KEPT:
                 self._calls.pop(next(iter(self._calls)))
             module, names = self._graph(active)
             if active and not self._lowered.regions:  # a region is run again by itself

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, TorchRuntimeError
 
 from aqnfx.errors import AqnfxError, LiveError
 from aqnfx.graph.sites import Site
 from aqnfx.live.backend import FAST, PIPELINE, Backend
-from aqnfx.live.controls import LiveControls, load_run_state, nothing_matched, run_state
+from aqnfx.live.calls import RECOMPILATIONS, capturing, compiled, own_code, watch
+from aqnfx.live.controls import LiveControls, load_run_state, nothing_matched, run_state, run_values
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_layers import find_stacks
 
 _INSTRUMENTED: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,15 +58,33 @@ class Handle:
     def __init__(self, model: nn.Module, backend: Backend, calls: Mapping[nn.Module, Callable[..., Any]]) -> None:
         self._model: weakref.ref[nn.Module] = weakref.ref(model)
         self.backend = backend
-        self._before = weakref.WeakKeyDictionary[nn.Module, Any]({entry: entry._compiled_call_impl for entry in calls})
+        self._calls = weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]](calls)
+        self._before = weakref.WeakKeyDictionary[nn.Module, Any]()
         self._removed = False
         self._breaks = _break_reasons()  # of other models, before this one
         self._inside = threading.local()
-        self._called = set[Callable[..., Any]]()
+        self._lock = threading.Lock()
+        self._captured = False
         self._whole = calls[model]
-        for entry, call in calls.items():
-            entry._compiled_call_impl = functools.partial(self._run, call)
-            _INSTRUMENTED[entry] = self
+        self._end_watch: Callable[[], None] | None = None
+        backend.broke = self._watch
+
+    def install(self, instead_of: Handle | None = None) -> Handle:
+        """Let the model run by this handle from now on: at once, where it was by another, so that no call is without one.
+
+        Raises :class:`LiveError` where the model, a part of it, or a whole that it is part of, is instrumented already.
+        """
+        with _LOCK:
+            if instead_of is None:
+                _refuse_twice(self.model)
+            before = {entry: entry._compiled_call_impl for entry in self._calls}
+            self._before.update(before if instead_of is None else instead_of._before)
+            for entry, call in self._calls.items():
+                entry._compiled_call_impl = functools.partial(self._run, call)
+                _INSTRUMENTED[entry] = self
+            if instead_of is not None:
+                instead_of._give_back()
+        return self
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -75,34 +93,67 @@ class Handle:
         if getattr(self._inside, "depth", 0):
             return call(*args, **kwargs)  # a model that calls itself is one step
         self._inside.depth = 1
-        self.backend.start()
+        self.backend.start(self.backend.controls.next_run())
         try:
-            self.backend.controls.put_run()
-            result = call(*args, **kwargs)
+            with capturing():
+                result = call(*args, **kwargs)
         except Exception as error:
-            if (cause := _own(error)) is not None:
-                self.remove()
-                raise cause from error
-            # Wrong inputs are the model's own matter; it would raise without us, under a compiler or not.
-            if call in self._called or isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException):
-                raise
-            self.remove()
-            raise LiveError(
-                f"Dynamo cannot capture {self._title}: {_first_line(error)}; the model is as it was. Trace it with aqnfx.trace, "
-                "or keep what cannot be captured out by torch.compiler.disable"
-            ) from error
+            self._explain(error)
+            raise
         finally:
             self._inside.depth = 0
-            self.backend.controls.step += 1
-        if not self.backend.call and call is self._whole:  # an encoder that was not reached is reported
-            self.remove()
-            reason = f" (graph break: {broke[0]})" if (broke := self._broke()) else ""
-            raise LiveError(
-                f"no graph of {self._title} was captured{reason}, so nothing was instrumented; the model is as it was. "
-                "Is its forward disabled for the compiler, or was Dynamo's limit of recompilations hit?"
-            )
-        self._called.add(call)
+        self._check(call)
         return result
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what a user can act on in place of an error of Dynamo's; a model that has run before stays instrumented."""
+        if (cause := _own(error)) is not None:
+            if not self._captured:
+                self.remove()
+            raise cause from error
+        if isinstance(error, FailOnRecompileLimitHit):
+            raise LiveError(
+                f"Dynamo has compiled one piece of code of {self._title} {RECOMPILATIONS} times, and gives up: this call did "
+                "not run. Sizes that change are compiled once with instrument(…, dynamic=True); TORCH_LOGS=recompiles says more"
+            ) from error
+        # Wrong inputs are the model's own matter; it would raise without us, under a compiler or not.
+        if self._captured or isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException):
+            return
+        self.remove()
+        raise LiveError(
+            f"Dynamo cannot capture {self._title}: {_first_line(error)}; the model is as it was. Trace it with aqnfx.trace, "
+            "or keep what cannot be captured out by torch.compiler.disable"
+        ) from error
+
+    def _check(self, call: Callable[..., Any]) -> None:
+        """Raise :class:`LiveError` where the call that has run had not the noise that was asked."""
+        now, controls = self.backend.now, self.backend.controls
+        if not now.graphs and call is self._whole:  # an encoder that was not reached is reported
+            reason = f" (graph break: {broke[0]})" if (broke := self._broke()) else ""
+            if not self._captured:
+                self.remove()
+                raise LiveError(
+                    f"no graph of {self._title} was captured{reason}, so nothing was instrumented; the model is as it was. "
+                    "Is its forward disabled for the compiler?"
+                )
+            if controls.on():
+                raise LiveError(f"this call of {self._title} ran as plain Python, without noise{reason}; call it as before")
+        self._captured |= bool(now.graphs)
+        noisy = set(controls.on())
+        controls.saw_call(any(noisy.intersection(graph.switched.values()) for graph in now.graphs))
+        missed = now.missed
+        if silent := [name for name in noisy if controls.sites[name].module in missed] if missed else []:
+            raise LiveError(
+                f"{len(silent)} selected sites had no noise in this call of {self._title}, {min(silent)} for one: a graph break "
+                f"left {controls.sites[min(silent)].module} to Python. Avoid the break (see report()), or do not select them"
+            )
+
+    def _watch(self) -> None:
+        """From the first graph break on, know which modules Python calls."""
+        with self._lock:
+            model = self._model()
+            if self._end_watch is None and model is not None and not self._removed:
+                self._end_watch = watch(model, lambda: self.backend.now)
 
     @property
     def _title(self) -> str:
@@ -140,27 +191,35 @@ class Handle:
     ) -> Iterator[Handle]:  # fmt: skip
         """Set the controls inside a ``with`` block; the arguments mean what those of ``Program.noise`` mean.
 
-        Sites that are not selected are off. ``step`` sets the number of the next call, else the stream goes on. After the
-        block everything is as before, the stream too where the block set ``seed`` or ``step``. Nothing is compiled again.
-        Raises :class:`SelectorError` for names that the model does not have: at the end of the block where no graph was
-        captured before it.
+        Sites that are not selected are off, and an empty selection selects none. ``step`` sets the number of the next call,
+        else the stream goes on. After the block everything is as before, the stream too where the block set ``seed`` or
+        ``step``. Nothing is compiled again. Raises :class:`SelectorError` for names that the model does not have, at the end
+        of the block where no graph was captured before it, and :class:`LiveError` at its end where the model was called and
+        no selected site was in what ran.
         """
         controls = self.controls
+        given = run_values(seed=seed, step=step, row_offset=row_offset)
         setting = controls.make(
             layers=layers, ops=ops, modules=modules, sites=sites, where=where, channels=channels, level=level, phases=phases
         )
         saved = run_state(controls)
         knew = bool(controls.sites)
-        self._set_run(seed=seed, step=step, row_offset=row_offset)
         controls.push(setting)
+        self._set_run(given)
+        on, complete = 0, False
         try:
             yield self
             if not knew and controls.sites and not controls.selects_any(setting):
                 raise nothing_matched(setting, controls)
+            on, complete = len(controls.on()), True
         finally:
-            controls.pop(setting)
-            given = {"seed": seed, "step": step, "row_offset": row_offset}
-            self._set_run(**{key: saved[key] for key, value in given.items() if value is not None})
+            calls, fired = controls.pop(setting)
+            self._set_run({key: saved[key] for key in given})
+        if complete and on and calls and not fired:
+            raise LiveError(
+                f"{setting.selector or 'the noise'} was on at {on} sites of {self._title}, and none of them is in what its "
+                f"{calls} calls in the block ran; see stats() for what ran, and select that"
+            )
 
     def set_noise(
         self, *, seed: int | None = None, step: int | None = None, row_offset: int | None = None,
@@ -168,17 +227,19 @@ class Handle:
     ) -> None:  # fmt: skip
         """Set the controls until they are set anew: what :meth:`noise` does inside of a block.
 
-        ``scale`` is a factor on the level of every site. Blocks of :meth:`noise` start from this.
+        ``scale`` is a factor on the level of every site. Blocks of :meth:`noise` start from this. A value that does not exist
+        raises :class:`InputError` and changes nothing.
         """
         controls = self.controls
+        given = run_values(seed=seed, step=step, row_offset=row_offset)
         controls.replace(controls.make(scale=scale, **settings))
-        self._set_run(seed=seed, step=step, row_offset=row_offset)
+        self._set_run(given)
 
-    def _set_run(self, **values: int | None) -> None:
+    def _set_run(self, values: Mapping[str, int]) -> None:
         for key, value in values.items():
-            if value is not None:
-                setattr(self.backend.controls, key, int(value))
-        self.backend.controls.put_run()
+            setattr(self.backend.controls, key, value)
+        if values:
+            self.backend.controls.put_run()
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -232,9 +293,16 @@ class Handle:
 
     def remove(self) -> None:
         """Give the model back as it was; the handle is of no use after it. A second call does nothing."""
-        for entry, before in [] if self._removed else list(self._before.items()):
-            entry._compiled_call_impl = before
-            _INSTRUMENTED.pop(entry, None)
+        with _LOCK:
+            for entry, before in [] if self._removed else list(self._before.items()):
+                entry._compiled_call_impl = before
+                _INSTRUMENTED.pop(entry, None)
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+            self._end_watch = None
         self._removed = True
 
     def __enter__(self) -> Handle:
@@ -252,19 +320,40 @@ def instrument(
 
     The model object stays the same: ``generate``, trainers and checkpoints see no difference. ``pipeline``, ``inner`` and
     ``fast`` are those of :class:`~aqnfx.live.backend.Backend`, ``dynamic`` and ``fullgraph`` those of ``torch.compile``.
-    Compilation happens at the first calls. Raises :class:`LiveError` where the model, or a part of it, is instrumented already.
+    Compilation happens at the first calls. Raises :class:`LiveError` where the model, a part
+    of it, or a whole that it is part of, is instrumented already.
     """
-    with _LOCK:
-        for name, module in model.named_modules():
-            if module in _INSTRUMENTED:
-                what = f"its part {name}" if name else "it"
-                raise LiveError(f"{type(model).__name__} cannot be instrumented: {what} is already; remove that handle first")
-        controls = LiveControls(model_layers(model))
-        backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True, fast=fast)
-        calls = {
-            entry: _compiled(entry, backend=backend, dynamic=dynamic, fullgraph=fullgraph) for entry in _entries(model)
-        }
-        return Handle(model, backend, calls)
+    return prepare(model, pipeline=pipeline, inner=inner, dynamic=dynamic, fullgraph=fullgraph, fast=fast).install()
+
+
+def prepare(
+    model: nn.Module, *, pipeline: str | Pipeline = PIPELINE, inner: str | Callable[..., Any] = "inductor",
+    dynamic: bool | None = None, fullgraph: bool = False, fast: str = FAST,
+) -> Handle:  # fmt: skip
+    """Return the handle that :func:`instrument` returns, of a model that runs as before until :meth:`Handle.install`."""
+    controls = LiveControls(model_layers(model))
+    codes = {entry: own_code(entry) for entry in _entries(model)}
+    roots = {code.__code__ for code in codes.values()}
+    backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True, fast=fast, roots=roots)
+    calls = {
+        entry: compiled(entry, code, backend=backend, dynamic=dynamic, fullgraph=fullgraph) for entry, code in codes.items()
+    }
+    return Handle(model, backend, calls)
+
+
+def _refuse_twice(model: nn.Module) -> None:
+    """Raise :class:`LiveError` where a model is instrumented, has a part that is, or is a part of one that is."""
+    kind = type(model).__name__
+    for name, module in model.named_modules():
+        if module in _INSTRUMENTED:
+            what = f"its part {name}" if name else "it"
+            raise LiveError(f"{kind} cannot be instrumented: {what} is already; remove that handle first")
+    for whole in list(_INSTRUMENTED):
+        if (name := next((name for name, module in whole.named_modules() if module is model), None)) is not None:
+            raise LiveError(
+                f"{kind} cannot be instrumented: it is the part {name} of {type(whole).__name__}, which is already; remove that "
+                f"handle first, or steer the part by it: modules='{name}*'"
+            )
 
 
 def _entries(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -272,23 +361,6 @@ def _entries(model: nn.Module) -> tuple[nn.Module, ...]:
     config, find = getattr(model, "config", None), getattr(model, "get_encoder", None)
     encoder = find() if getattr(config, "is_encoder_decoder", False) and callable(find) else None
     return (model, encoder) if isinstance(encoder, nn.Module) and encoder is not model else (model,)
-
-
-def _compiled(entry: nn.Module, **options: Any) -> Callable[..., Any]:
-    """Return what calls a module compiled, and does not keep it."""
-    reference = weakref.ref(entry)
-    # Dynamo keeps what it compiled with the code object: one of its own for every instrumented module.
-    own = types.FunctionType(_call.__code__.replace(co_name=f"call_{type(entry).__name__}"), _call.__globals__)
-    compiled = torch.compile(own, **options)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(reference(), *args, **kwargs)
-
-    return call
-
-
-def _call(model: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return model._call_impl(*args, **kwargs)
 
 
 def model_layers(model: nn.Module) -> tuple[tuple[str, int], ...]:

@@ -219,7 +219,7 @@ def test_threads_may_switch() -> None:
     [
         ({"ENABLED": "1", "SCALE": "0.01", "LAYERS": "0,2-3", "OPS": "linear, softmax", "BACKWARD_ONLY": "yes", "SEED": "7"},
          "True 0.01 [0, 2, 3] ['linear', 'softmax'] False True 7"),
-        ({}, "False 1e-05 None None True True 0"),
+        ({}, "False 1e-05 None None True True None"),
         ({"SCALE": "much", "ENABLED": "1"}, "AQNFX_NOISE_SCALE=much is not a number"),
         ({"LAYRES": "1"}, "unknown environment variable AQNFX_NOISE_LAYRES; did you mean 'LAYERS'?"),
         ({"FORWARD_ONLY": "1", "BACKWARD_ONLY": "1"}, "exclude each other"),
