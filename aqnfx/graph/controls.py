@@ -92,9 +92,9 @@ def check_level(value: Any, what: str = "noise level") -> float:
         number = float(value)
         held = float(torch.tensor(number, dtype=torch.float32))
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        number = held = math.nan
+        raise InputError(f"{what} {value!r} is not a number") from None
     if not 0.0 <= number < math.inf:
-        raise InputError(f"{what} {value!r} must be a number that is finite and not negative")
+        raise InputError(f"{what} {value!r} must be finite and not negative")
     if math.isinf(held) or (number and not held):
         raise InputError(f"{what} {value!r} is {held:g} in fp32, which levels are held in; give 0, or 1.5e-45 to 3.4e38")
     return number

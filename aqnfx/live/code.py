@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, graph_module
 
 from aqnfx.graph.controls import COUNT, is_switched
 from aqnfx.graph.edit import BUFFER_PREFIX
@@ -93,14 +94,20 @@ class Code:
         """Return what to call where the sites ``active`` are on."""
         if self._compiled is not None:
             return next(call for sites, call in self._compiled.items() if active <= sites)
-        if active not in self._calls:
-            if len(self._calls) >= KEPT:
-                self._calls.pop(next(iter(self._calls)))
-            module, names = self._graph(active)
-            if active and not self._lowered.regions:  # a region is run again by itself
-                draw_together(module)
-            self._calls[active] = Call(module.forward, names)
-        return self._calls[active]
+        made = self._calls.pop(active, None) or self._eager(active)
+        if len(self._calls) >= KEPT:
+            dropped: Any = self._calls.pop(next(iter(self._calls)))
+            if (module := dropped.run.__self__) is not self._captured:
+                _forget_source(module)
+        self._calls[active] = made  # the one that was used last is the last to go
+        return made
+
+    def _eager(self, active: frozenset[str]) -> Call:
+        module, names = self._graph(active)
+        if active and not self._lowered.regions:  # a region is run again by itself
+            _forget_source(module)
+            draw_together(module)
+        return Call(module.forward, names)
 
     def _graph(self, active: frozenset[str]) -> tuple[GraphModule, tuple[str, ...]]:
         """Return the graph in which ``active`` sites are on, and the names of the controls that come before its inputs."""
@@ -133,6 +140,15 @@ class Code:
             graph.erase_node(node)
         module = with_regions(GraphModule(self._module, graph), self._lowered.regions)
         return module, kept
+
+
+def _forget_source(module: GraphModule) -> None:
+    """Drop the text of generated code that is made anew or not needed any more: FX keeps all that it ever made."""
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            name = type(part).forward.__code__.co_filename
+            graph_module._loader.eval_cache.pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 def compile_with(inner: str | Callable[..., Any], module: GraphModule, examples: list[Any]) -> Callable[..., Any]:

@@ -17,8 +17,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Tor
 
 from aqnfx.errors import AqnfxError, LiveError
 from aqnfx.graph.sites import Site
+from aqnfx.live import calls as live_calls
 from aqnfx.live.backend import FAST, PIPELINE, Backend
-from aqnfx.live.calls import RECOMPILATIONS, capturing, compiled, own_code, watch
+from aqnfx.live.calls import capturing, compiled, own_code, watch
 from aqnfx.live.controls import LiveControls, load_run_state, nothing_matched, run_state, run_values
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_layers import find_stacks
@@ -113,8 +114,8 @@ class Handle:
             raise cause from error
         if isinstance(error, FailOnRecompileLimitHit):
             raise LiveError(
-                f"Dynamo has compiled one piece of code of {self._title} {RECOMPILATIONS} times, and gives up: this call did "
-                "not run. Sizes that change are compiled once with instrument(…, dynamic=True); TORCH_LOGS=recompiles says more"
+                f"Dynamo has compiled one piece of code of {self._title} {live_calls.RECOMPILATIONS} times and gives up: this "
+                "call did not run. Sizes that change are compiled once with dynamic=True; TORCH_LOGS=recompiles says more"
             ) from error
         # Wrong inputs are the model's own matter; it would raise without us, under a compiler or not.
         if self._captured or isinstance(error, TorchRuntimeError) or not isinstance(error, TorchDynamoException):

@@ -235,6 +235,8 @@ def _name_modules(graph: Graph, names: Names, bodies: Mapping[str, Region], root
 def with_regions(module: GraphModule, regions: Mapping[int, Region]) -> GraphModule:
     """Return the module with every region of :class:`Lowered` as a call that is computed again in the backward pass."""
     graph = module.graph
+    if not regions:
+        return module
     for number, region in regions.items():
         inside = [node for node in graph.nodes if node.op == "call_function" and get_tag(node).block == number]
         if not inside:

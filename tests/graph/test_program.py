@@ -163,6 +163,8 @@ def test_noise_restores_the_controls_also_after_an_error():
         ({"ops": "silu"}, SelectorError, "ops:silu selects none of the 23 sites with controls$"),
         ({"level": -1.0}, InputError, "noise level -1.0 must be finite and not negative"),
         ({"level": float("nan")}, InputError, "noise level nan"),
+        ({"level": 1e39}, InputError, "is inf in fp32"),
+        ({"level": 0.1, "seed": "x"}, InputError, "seed 'x' is not a whole number"),
         ({"level": 0.1, "phases": "sideways"}, InputError, "phases 'sideways' is not one of"),
         ({"level": 0.1, "channels": [99]}, InputError, "channels .* given; .* has channels 0-"),
         ({"level": 0.1, "channels": torch.ones(3, dtype=torch.bool)}, InputError, r"channel mask of shape \[3\]"),
@@ -175,6 +177,14 @@ def test_noise_refuses(settings, error, message):
     with pytest.raises(error, match=message), noisy.noise(**settings):
         pass
     assert all(torch.equal(a, b) for a, b in zip(before, noisy.controls.state(), strict=True))
+
+
+@pytest.mark.parametrize("empty", [{"layers": []}, {"ops": []}, {"sites": ()}, {"modules": []}, {"where": ""}], ids=str)
+def test_an_empty_selection_is_none(empty):
+    noisy = aqnfx.Pipeline.parse("insert-noise{level=0.25}")(stack())
+    with noisy.noise(level=0.5, **empty):
+        assert not any(control.level.any() for control in noisy.controls.sites.values())
+    assert all(control.level.any() for control in noisy.controls.sites.values())
 
 
 def test_model_digest_depends_on_names_and_bytes():

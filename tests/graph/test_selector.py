@@ -102,8 +102,12 @@ def test_operator_sets():
     assert Selector.parse("layers:0").kinds() == frozenset(OpKind)
 
 
-def test_selector_from_python_values():
+def test_selector_from_python_values(program):
     assert selector_from() is None
+    for empty in ({"layers": []}, {"ops": ()}, {"where": " "}, {"sites": [], "ops": "linear"}):
+        nothing = selector_from(**empty)
+        assert str(nothing) == "nothing"
+        assert nothing.select(program) == ()
     assert str(selector_from(layers=[0, "2-3"], ops="linear", modules=["a", "b"])) == "layers:0|2-3,ops:linear,modules:a|b"
 
 

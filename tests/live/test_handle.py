@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import threading
 import weakref
 from typing import Any
@@ -105,6 +106,54 @@ def test_a_resumed_run_continues_the_stream() -> None:
     handle.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[2])
     assert losses(handle, model, optimizer, 4) == whole[4:]
+
+
+def test_an_empty_selection_is_none() -> None:
+    model, x = Tiny(), batch()
+    clean = model(x)
+    with instrument(model, inner="eager") as handle:
+        for known in (False, True):  # before and after the first graph
+            several: list[dict[str, Any]] = [{"layers": []}, {"ops": ()}, {"sites": []}, {"modules": set()}, {"where": ""}]
+            for empty in [*several, {"layers": [], "ops": "linear"}]:
+                with handle.noise(level=0.1, **empty):
+                    assert torch.equal(model(x), clean), (known, empty)
+            handle.set_noise(level=0.1, sites=[])
+            assert torch.equal(model(x), clean)
+            handle.set_noise(level=0.0)
+        assert not any(n["forward"] for n in handle.stats().values())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"level": 1e39}, "noise level 1e+39 is inf in fp32"),
+        ({"level": 1e-46}, "noise level 1e-46 is 0 in fp32"),
+        ({"level": "much"}, "noise level 'much' is not a number"),
+        ({"level": 0.1, "scale": lambda _: float("nan")}, "must be finite and not negative"),
+        ({"level": 0.1, "scale": lambda site: -1.0 if site.layer == 1 else 1.0}, "scaled by -1.0, -1.0 must be"),
+        ({"level": 1e30, "scale": lambda _: 1e30}, "scaled by 1e+30, 1e+60 is inf"),
+        ({"level": 0.1, "seed": "x"}, "seed 'x' is not a whole number"),
+        ({"level": 0.1, "step": 0.5}, "step 0.5 is not a whole number"),
+        ({"level": 0.1, "row_offset": [1]}, "row_offset [1] is not a whole number"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_that_do_not_exist_change_nothing(bad: dict[str, Any], message: str) -> None:
+    model, x = Tiny(), batch()
+    with instrument(model, inner="eager") as handle:
+        model(x)
+        handle.set_noise(level=0.05, ops="linear", seed=3, step=0)
+        expected = model(x)
+        handle.set_noise(level=0.05, ops="linear", seed=3, step=0)
+        before = {name: tensor.clone() for name, tensor in handle.controls.tensors.items()}
+        uses = [lambda: handle.set_noise(**bad)]
+        if "scale" not in bad:
+            uses.append(lambda: handle.noise(**bad).__enter__())
+        for use in uses:
+            with pytest.raises(InputError, match=re.escape(message)):
+                use()
+        assert all(torch.equal(handle.controls.tensors[name], value) for name, value in before.items())
+        assert torch.equal(model(x), expected)
 
 
 def test_models_of_two_threads_do_not_disturb_each_other() -> None:

@@ -161,6 +161,9 @@ def test_wrong_values_change_nothing() -> None:
         (lambda: noisy_ops.enable_noisy_ops(-1.0), "not negative"),
         (lambda: noisy_ops.enable_noisy_ops(0.1, "gaussian"), "unknown error_type"),
         (lambda: noisy_ops.set_per_layer_scales({0: float("nan")}), "not negative"),
+        (lambda: noisy_ops.set_noise_seed("x"), "seed 'x' is not a whole number"),  # type: ignore[arg-type]
+        (lambda: noisy_ops.enable_noisy_ops(1e39), "in fp32"),
+        (lambda: noisy_ops.noisy_ops_context(1e-46).__enter__(), "in fp32"),
         (lambda: noisy_ops.set_phase("later"), "unknown phase"),  # type: ignore[arg-type]
     ):
         with pytest.raises((InputError, SelectorError), match=message):
@@ -185,6 +188,78 @@ def test_a_model_that_cannot_be_captured_is_forgotten() -> None:
     noisy_ops.enable_noisy_ops(0.1)  # the others can still be switched
     assert noisy_ops.get_injection_stats()["models"] == 0
     assert model(batch()).shape == (5, 3)
+
+
+def test_blocks_of_threads_that_overlap_leave_nothing_on() -> None:
+    model, x = Tiny(), batch()
+    noisy_ops.register_layer_hooks(model)
+    clean = model(x)
+    inside, leave = threading.Event(), threading.Event()
+    noisy: list[bool] = []
+
+    def other() -> None:
+        with noisy_ops.noisy_ops_context(error_scale=0.2):
+            inside.set()
+            leave.wait(60)
+            noisy.append(not torch.equal(model(x), clean))
+
+    thread = threading.Thread(target=other)
+    with noisy_ops.noisy_ops_context(error_scale=0.1):
+        thread.start()
+        inside.wait(60)
+    assert noisy_ops.is_enabled()  # the other's block goes on
+    assert noisy_ops._board.switches.error_scale == 0.2
+    leave.set()
+    thread.join()
+    assert noisy == [True]
+    assert not noisy_ops.is_enabled()
+    assert torch.equal(model(x), clean)
+
+
+def test_a_block_ends_what_is_switched_in_it_and_keeps_the_rest() -> None:
+    noisy_ops.enable_noisy_ops(0.3)
+    with noisy_ops.noisy_ops_context(0.1):
+        noisy_ops.set_selective_layers([1])
+        noisy_ops.disable_noisy_ops()
+        assert not noisy_ops.is_enabled()
+    assert noisy_ops.is_enabled()
+    assert noisy_ops._board.switches.error_scale == 0.3
+    assert noisy_ops.get_selective_layers() == {1}
+
+
+def test_noise_follows_the_generator_of_torch_unless_a_seed_is_set() -> None:
+    model, x = Tiny().requires_grad_(False), batch()
+    clean = model(x)
+    noisy_ops.register_layer_hooks(model)
+    before = torch.get_rng_state()
+    assert torch.equal(model(x), clean)
+    assert torch.equal(torch.get_rng_state(), before)  # what is off draws nothing
+    noisy_ops.enable_noisy_ops(0.1)
+    noisy_ops.set_selective_layers([1])
+    torch.manual_seed(7)
+    first, second = model(x), model(x)
+    state = torch.get_rng_state()
+    third = model(x)
+    torch.manual_seed(7)
+    assert torch.equal(model(x), first)
+    torch.set_rng_state(state)
+    assert torch.equal(model(x), third)
+    torch.manual_seed(8)
+    assert len({value.numpy().tobytes() for value in (clean, first, second, third, model(x))}) == 5
+    torch.manual_seed(7)
+    noisy_ops.enable_noisy_ops(0.1, "bias")
+    noisy_ops.enable_noisy_ops(0.1)  # another kind is another instrumentation: the stream is torch's as before
+    assert torch.equal(model(x), first)
+    noisy_ops.set_noise_seed(3)
+    state = torch.get_rng_state()
+    own = [model(x), model(x)]
+    assert torch.equal(torch.get_rng_state(), state)
+    noisy_ops.set_noise_seed(3)
+    torch.manual_seed(1)
+    assert [torch.equal(model(x), value) for value in own] == [True, True]
+    noisy_ops.set_noise_seed(None)
+    torch.manual_seed(7)
+    assert torch.equal(model(x), first)
 
 
 def test_threads_may_switch() -> None:
@@ -224,6 +299,8 @@ def test_threads_may_switch() -> None:
         ({"LAYRES": "1"}, "unknown environment variable AQNFX_NOISE_LAYRES; did you mean 'LAYERS'?"),
         ({"FORWARD_ONLY": "1", "BACKWARD_ONLY": "1"}, "exclude each other"),
         ({"LAYERS": "a-b"}, "is not a list like 0,3-5"),
+        ({"LAYERS": "0,5-2"}, "AQNFX_NOISE_LAYERS=0,5-2 has the empty range 5-2; write 2-5"),
+        ({"ENABLED": "1", "SCALE": "1e39"}, "error_scale 1e+39 is inf in fp32"),
         ({"ENABLED": "perhaps"}, "is neither yes nor no"),
     ],
 )  # fmt: skip
