@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import aqnfx
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.sites import Role
+from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
-from aqnfx.planning.threshold import threshold_plan
+from aqnfx.planning.problem import make_problem
+from aqnfx.planning.threshold import sensitivity, threshold_plan
 from aqnfx.reporting.plan import plan_markdown
 from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
 
@@ -99,6 +104,25 @@ def test_which_site_and_what_is_marked(program: aqnfx.Program, digest: str) -> N
     assert any("1 predicted and not measured" in note for note in plan.notes)
     guessed = record(program, digest, per_layer_detail={"0": {"levels": level(0.1, estimated=True)}})
     assert threshold_plan(program, guessed).modules[K]["estimated"]
+
+
+def test_the_most_sensitive_call_of_a_layer_that_runs_twice_decides(digest: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(torch.relu(self.shared(x)))
+
+    program = aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(Twice(), ((torch.ones(2, 8),), {})))
+    (part,) = make_problem(program, PlanOptions(rule="threshold", formats="fp16,int8,int4")).parts
+    first, second = part.sites_of(Role.WEIGHT)
+    for low, high in ((first, second), (second, first)):
+        entries = [{**entry("shared", measured=level(value)), "id": site} for site, value in ((low, 0.01), (high, 0.3))]
+        found = sensitivity(part, program, SensitivityMap.from_record(record(program, digest, *entries)))
+        assert found is not None
+        assert (found.value, found.of) == (0.3, high)
 
 
 @pytest.mark.parametrize(
