@@ -27,6 +27,7 @@ from aqnfx.numerics.metrics import classify_sensitivity, critical_threshold, noi
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.stats import mcnemar, wilson
 from aqnfx.probes.measurements import Measurements
+from aqnfx.probes.tasks import KL, METRICS, Metric
 
 THRESHOLD_COST = 0.10
 """Degradation whose least noise level is reported as the critical threshold."""
@@ -40,9 +41,7 @@ class Estimates:
     the interval.
     """
 
-    kl: Ratio
-    nll_delta: Ratio | None
-    agreement: Ratio
+    per_token: Mapping[Metric, Ratio]
     degradation: Ratio
     p: Array
     p_holm: Array
@@ -50,6 +49,11 @@ class Estimates:
     degradation_spread: Array
     samples: NDArray[np.int64]
     estimated: frozenset[int] = frozenset()
+
+    @property
+    def kl(self) -> Ratio:
+        """KL in nats per token."""
+        return self.per_token[KL]
 
 
 def estimate(
@@ -65,9 +69,7 @@ def estimate(
     p = paired_p(scores.loss)
     p[sorted(estimated)] = np.nan  # a prediction is no evidence that a metric has moved
     return Estimates(
-        kl=ratios(scores.kl, scores.tokens, options),
-        nll_delta=None if scores.nll_delta is None else ratios(scores.nll_delta, scores.tokens, options),
-        agreement=ratios(scores.agreement, scores.tokens, options),
+        per_token={metric: ratios(values, scores.tokens, options) for metric, values in scores.per_token.items()},
         degradation=_widened(ratios(scores.loss, scores.loss_base, options), estimated),
         p=p,
         p_holm=holm_columns(p, groups),
@@ -120,46 +122,53 @@ def _record(m: Measurements, est: Estimates, row: int, column: int, options: Opt
     score = sensitivity_score(degradation, size)
     p_holm = float(est.p_holm[at])
     record: dict[str, Any] = {
-        "kl": float(est.kl.value[at]),
-        "ci": [float(est.kl.low[at]), float(est.kl.high[at])],
+        **_per_token(est, at, "zero"),
         "degradation": degradation,
         "degradation_ci": [low, high],
         "score": score,
         "score_ci": [low / size, high / size],
         "class": classify_sensitivity(score),
         "tolerance_index": noise_tolerance_index(degradation),
-        "top1_agreement": float(est.agreement.value[at]),
-        "top1_ci": [float(est.agreement.low[at]), float(est.agreement.high[at])],
+        **_per_token(est, at, "tokens"),
         "p": float(est.p[at]),
         "p_holm": p_holm,
         "distinguishable": bool(p_holm < 1.0 - options.confidence),
         "seed_std": {"kl": float(est.kl_spread[at]), "degradation": float(est.degradation_spread[at])},
         "n": int(est.samples[at]),
         "seeds": len(m.seeds),
+        **_per_token(est, at, "measured"),
     }
-    if est.nll_delta is not None:
-        record["nll_delta"] = float(est.nll_delta.value[at])
-        record["nll_delta_ci"] = [float(est.nll_delta.low[at]), float(est.nll_delta.high[at])]
     if m.predictions is not None:
         record["predicted"] = predicted_record(m, m.probes[row], level, options)
     if row in est.estimated:
         return record | {"estimated": True, "seeds": 0, "seed_std": {"kl": None, "degradation": None}}
-    if "exact_match" in m.scores and "exact_match" in m.clean:
-        record["exact_match"] = _accuracy(m, row, column, options)
+    for name, metric in METRICS.items():
+        if metric.answers and name in m.scores and name in m.clean:
+            record[metric.reported] = _accuracy(m, name, row, column, options)
     return record
 
 
-def _accuracy(m: Measurements, row: int, column: int, options: Options) -> dict[str, Any]:
+def _per_token(est: Estimates, at: tuple[int, int], clean: str) -> dict[str, Any]:
+    """Return the metrics per token, with intervals, whose clean value is of the kind ``clean``."""
+    record: dict[str, Any] = {}
+    for metric, found in est.per_token.items():
+        if metric.clean == clean:
+            record[metric.reported] = float(found.value[at])
+            record[metric.interval] = [float(found.low[at]), float(found.high[at])]
+    return record
+
+
+def _accuracy(m: Measurements, name: str, row: int, column: int, options: Options) -> dict[str, Any]:
     """Describe the accuracy over all seeds and samples, and the McNemar test of the per-sample majority over seeds.
 
     The Wilson interval counts samples, not sample x seed pairs: seeds of one sample are not independent (solved
     samples, averaged over seeds, are rounded). A tie between seeds counts as the clean outcome.
     """
-    rate = seed_mean(m.scores["exact_match"])[row, column]
+    rate = seed_mean(m.scores[name])[row, column]
     have = np.isfinite(rate)
     if not have.any():
         return {"value": None, "ci": [None, None], "mcnemar_p": None}
-    rate, clean = rate[have], m.clean["exact_match"][have] > 0.5
+    rate, clean = rate[have], m.clean[name][have] > 0.5
     interval = wilson(round(float(rate.sum())), int(have.sum()), options.confidence)
     noisy = np.where(rate == 0.5, clean, rate > 0.5)
     return {

@@ -39,6 +39,7 @@ from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
 from aqnfx.probes.ray_executor import RayExecutor, identity_of
+from aqnfx.probes.tasks import METRICS
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _run(
             rule=StoppingRule() if options.adaptive or options.budget else None, seconds=options.budget_seconds,
             provenance=facts,
         )  # fmt: skip
-        found = found if ready.causal else _without_nll(found)
+        found = found if ready.causal else _without_next_token(found)
         found = dataclasses.replace(found, captures=captures)
         if not found.complete:
             return dataclasses.replace(found, predictions=predictions, planned=ready.probes if predictions else ())
@@ -278,9 +279,9 @@ def _predict(
     return found, collect(scored, samples=len(ready.encoded))
 
 
-def _without_nll(m: Measurements) -> Measurements:
+def _without_next_token(m: Measurements) -> Measurements:
     """Drop the scores of the next token: a model that has seen it does not predict it."""
-    clean, scores = ({k: v for k, v in part.items() if k != "nll"} for part in (m.clean, m.scores))
+    clean, scores = ({k: v for k, v in part.items() if not METRICS[k].next_token} for part in (m.clean, m.scores))
     return dataclasses.replace(m, clean=clean, scores=scores)
 
 

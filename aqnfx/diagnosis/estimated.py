@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from aqnfx.diagnosis.estimates import Array, SampleScores, seed_mean, share
 from aqnfx.diagnosis.sensitivity import level_key
 from aqnfx.probes.measurements import Measurements, Probe
+from aqnfx.probes.tasks import KL
 
 FAR = 0.25
 """A prediction further than this from its measurement counts as one that second order does not explain."""
@@ -98,7 +99,6 @@ def with_estimates(m: Measurements, confidence: float = 0.95) -> tuple[Measureme
     tokens, base = scores.tokens, scores.loss_base
     points = share(scores.kl, tokens), share(scores.loss, base)
     fit, error = Fit.through(*points), FitError.of(*points, float(base.sum()), confidence)
-    accuracy = "exact_match" if scores.degradation_metric == "exact_match" else "top1"
     n, shape = m.samples, (len(missing), len(m.levels), len(m.seeds), m.samples)
     extra = {name: np.full(shape, np.nan) for name in m.scores}
     degradation = np.zeros(shape[:2])
@@ -107,10 +107,9 @@ def with_estimates(m: Measurements, confidence: float = 0.95) -> tuple[Measureme
             kl = predictions.kl(probe.sites, level)[:n]
             total = float(kl.sum())
             degradation[row, column] = fit(total / tokens.sum()) if total > 0 else 0.0
-            extra["kl"][row, column] = kl
-            extra[accuracy][row, column] = base - (degradation[row, column] * base.sum() / total if total > 0 else 0.0) * kl
-            if accuracy != "top1":
-                extra["top1"][row, column] = np.nan
+            extra[KL.name][row, column] = kl
+            lost = (degradation[row, column] * base.sum() / total if total > 0 else 0.0) * kl
+            extra[scores.metric.name][row, column] = scores.metric.after(base, lost)
     joined = {name: np.concatenate([values, extra[name]]) for name, values in m.scores.items()}
     place = {probe: row for row, probe in enumerate((*m.probes, *missing))}
     wanted = (*m.planned, *(p for p in m.probes if p not in set(m.planned)))
@@ -132,7 +131,7 @@ def agreement(m: Measurements) -> dict[str, Any]:
         return {}
     tokens, found = m.tokens.astype(np.float64), {}
     for column, level in enumerate(m.levels):
-        scores = seed_mean(m.scores["kl"])[:, column]
+        scores = seed_mean(m.scores[KL.name])[:, column]
         single = np.array([m.predictions.kl(p.sites, level)[m.places] for p in m.probes])
         single[~np.isfinite(scores)] = np.nan  # of the samples that were measured
         measured, predicted = share(scores, tokens), share(single, tokens)

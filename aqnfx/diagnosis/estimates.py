@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from scipy.stats import t as student_t
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import bootstrap_ratios, holm
 from aqnfx.probes.measurements import Measurements
-from aqnfx.probes.tasks import ANSWERED
+from aqnfx.probes.tasks import KL, METRICS, Metric, degradation_of
 
 Array = NDArray[np.float64]
 
@@ -38,42 +39,46 @@ class Ratio(NamedTuple):
 class SampleScores:
     """Per-sample scores, averaged over the seeds: the numerators and denominators of every reported ratio.
 
-    ``kl``, ``nll_delta``, ``agreement``, ``loss`` have shape (P, L, n); ``tokens``, ``loss_base`` (n,). ``loss`` over
-    ``loss_base`` is the degradation: lost exact matches over clean ones where ``degradation_metric`` is
-    ``"exact_match"``, positions with another argmax over all positions where it is ``"1 - top1"``. ``seed_kl`` and
-    ``seed_degradation`` (P, L, K) are the same ratios seed by seed.
+    ``per_token`` has an entry (P, L, n) for every metric that is divided by tokens: what it is, or how far it moved from
+    the clean run where that was measured. ``loss`` (P, L, n) over ``loss_base`` (n,) is the degradation: what is lost of
+    ``metric`` over what the clean run has. ``tokens`` (n,). ``seed_kl`` and ``seed_degradation`` (P, L, K) are the same
+    ratios seed by seed.
     """
 
-    kl: Array
-    nll_delta: Array | None
-    agreement: Array
+    per_token: Mapping[Metric, Array]
     loss: Array
     tokens: Array
     loss_base: Array
     seed_kl: Array
     seed_degradation: Array
-    degradation_metric: str
+    metric: Metric
+
+    @property
+    def kl(self) -> Array:
+        """KL in nats, summed over the positions of every sample (P, L, n)."""
+        return self.per_token[KL]
 
     @classmethod
     def of(cls, m: Measurements) -> SampleScores:
         """Average over seeds; raises :class:`InputError` when there is nothing to average or a metric is missing."""
         check(m)
         tokens = m.tokens.astype(np.float64)
-        agreement = seed_mean(m.scores["top1"])
-        exact = uses_exact_match(m)
-        base = m.clean["exact_match"].astype(np.float64) if exact else tokens
-        lost = base - (m.scores["exact_match"] if exact else m.scores["top1"])
-        nll = m.scores.get("nll")
+        clean = {name: values for name, values in m.clean.items() if name in m.scores}
+        metric = degradation_of(m.task, clean)
+        base = metric.of_clean(clean, tokens)
+        lost = metric.lost(base, m.scores[metric.name])
         return cls(
-            kl=seed_mean(m.scores["kl"]),
-            nll_delta=None if nll is None or "nll" not in m.clean else seed_mean(nll) - m.clean["nll"],
-            agreement=agreement,
+            per_token={
+                one: seed_mean(m.scores[name]) - (clean[name] if one.clean == "measured" else 0.0)
+                for name, one in METRICS.items()
+                if not one.answers and name in (clean if one.clean == "measured" else m.scores)
+            },
             loss=seed_mean(lost),
             tokens=tokens,
             loss_base=base,
-            seed_kl=share(m.scores["kl"], tokens),
+            seed_kl=share(m.scores[KL.name], tokens),
             seed_degradation=share(lost, base),
-            degradation_metric="exact_match" if exact else "1 - top1",
+            metric=metric,
         )
 
 
@@ -88,17 +93,11 @@ def check(m: Measurements) -> None:
         raise InputError(
             f"interpret: {len(m.probes)} probes x {len(m.levels)} levels x {len(m.seeds)} seeds leave nothing to report"
         )
-    if missing := [metric for metric in ("kl", "top1") if metric not in m.scores]:
+    if missing := [name for name, one in METRICS.items() if one.clean != "measured" and name not in m.scores]:
         raise InputError(f"interpret: the measurements lack {', '.join(missing)}; found {', '.join(sorted(m.scores))}")
     if m.base_level not in m.levels:
         levels = ", ".join(f"{level:g}" for level in m.levels)
         raise InputError(f"interpret: base level {m.base_level:g} is not one of the measured levels {levels}")
-
-
-def uses_exact_match(m: Measurements) -> bool:
-    """Say whether degradation is the relative loss of exact matches; needs a clean model that gets one right."""
-    measured = "exact_match" in m.scores and "exact_match" in m.clean
-    return m.task in ANSWERED and measured and float(m.clean["exact_match"].sum()) > 0
 
 
 def share(num: Array, den: Array) -> Array:

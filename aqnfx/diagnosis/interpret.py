@@ -19,7 +19,7 @@ from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError
 from aqnfx.numerics.stats import wilson
 from aqnfx.probes.measurements import Measurements, ProbeKind
-from aqnfx.probes.tasks import ANSWERED
+from aqnfx.probes.tasks import EXACT_MATCH, NLL, TASKS
 from aqnfx.probes.traces import SOURCES
 
 
@@ -140,25 +140,25 @@ def _model(m: Measurements) -> dict[str, Any]:
 def _task(m: Measurements, scores: SampleScores) -> dict[str, Any]:
     return {
         "metric": m.task, "samples": m.samples, "samples_requested": m.samples_requested,
-        "tokens": int(m.tokens.sum()), "degradation": scores.degradation_metric,
+        "tokens": int(m.tokens.sum()), "degradation": scores.metric.degradation,
     }  # fmt: skip
 
 
 def _baseline(m: Measurements, options: Options) -> dict[str, Any]:
     """Describe the clean model: nats per token with interval, perplexity, and accuracy where the data has answers."""
-    baseline: dict[str, Any] = {"nll": None, "accuracy": None}
-    if "nll" in m.clean:
-        nll = ratios(m.clean["nll"][None].astype(np.float64), m.tokens.astype(np.float64), options)
+    baseline: dict[str, Any] = {NLL.baseline: None, EXACT_MATCH.baseline: None}
+    if NLL.name in m.clean:
+        nll = ratios(m.clean[NLL.name][None].astype(np.float64), m.tokens.astype(np.float64), options)
         value = float(nll.value[0])
         baseline |= {
-            "nll": value, "nll_ci": [float(nll.low[0]), float(nll.high[0])],
+            NLL.baseline: value, f"{NLL.baseline}_ci": [float(nll.low[0]), float(nll.high[0])],
             "perplexity": float(np.exp(value)) if value < 700.0 else None,
         }  # fmt: skip
-    if "exact_match" in m.clean:
-        found = wilson(round(float(m.clean["exact_match"].sum())), m.samples, options.confidence)
+    if EXACT_MATCH.name in m.clean:
+        found = wilson(round(float(m.clean[EXACT_MATCH.name].sum())), m.samples, options.confidence)
         baseline |= {
-            "accuracy": float(m.clean["exact_match"].mean()),
-            "accuracy_ci": [float(found.low), float(found.high)],
+            EXACT_MATCH.baseline: float(m.clean[EXACT_MATCH.name].mean()),
+            f"{EXACT_MATCH.baseline}_ci": [float(found.low), float(found.high)],
         }
     return baseline
 
@@ -191,7 +191,7 @@ def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
         )
     if m.errors:
         notes.append(f"{len(m.errors)} runs failed and are missing; the first: {m.errors[0]}.")
-    if m.task in ANSWERED and scores.degradation_metric != "exact_match":
+    if TASKS[m.task].answers and not scores.metric.answers:
         notes.append("The clean model solves no sample: degradation is 1 - top-1 agreement instead of lost accuracy.")
     if m.samples < 20:
         notes.append(f"Only {m.samples} samples: bootstrap intervals are too narrow below about 20.")

@@ -32,7 +32,7 @@ from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.samples import load_samples, load_tokenizer
-from aqnfx.probes.tasks import ANSWERED, accuracy_like
+from aqnfx.probes.tasks import EXACT_MATCH, KL, TASKS, accuracy_like
 from aqnfx.probes.work import Sweep, Worker
 
 
@@ -103,7 +103,7 @@ def prepare(
     tell("preparing")
     causal = _is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
     if not causal:
-        if task == "nll" or task in ANSWERED:
+        if TASKS[task].next_token:
             raise ModelError(
                 f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
             )
@@ -307,11 +307,11 @@ def _samples(
 ) -> tuple[tuple[Encoded, ...], tuple[str, ...], str]:
     """Encode the samples; the default task is exact_match where the data has answers, else kl."""
     encoded, notes = load_samples(
-        data, tokenizer, samples=options.samples, max_length=max_length, task=options.task or "kl",
+        data, tokenizer, samples=options.samples, max_length=max_length, task=options.task or KL.name,
         text_field=options.text_field, pack=options.pack,
     )  # fmt: skip
     answers = all(e.answer is not None for e in encoded)
-    task = options.task or ("exact_match" if answers else "kl")
+    task = options.task or (EXACT_MATCH.name if answers else KL.name)
     accuracy_like(task, answers)
     if options.task is None and not answers and any(e.answer is not None for e in encoded):
         notes = (*notes, "some samples have no whole answer, so the task is kl; ask for exact_match to leave them out")

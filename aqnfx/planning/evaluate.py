@@ -24,7 +24,7 @@ from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch
 from aqnfx.probes.replay import BlockReplay
-from aqnfx.probes.tasks import Reference, Scores, reference, score
+from aqnfx.probes.tasks import KL, METRICS, Metric, Reference, Scores, reference, score
 
 Array = NDArray[np.float64]
 _REPLACED = 1 << 28  # bytes of weights that are replaced for a run
@@ -160,26 +160,36 @@ class Measured:
     @property
     def kl(self) -> float:
         """KL(clean ‖ stored) in nats per token."""
-        return float(self.scores["kl"].sum() / self.tokens.sum())
+        return float(self.scores[KL.name].sum() / self.tokens.sum())
 
     def record(self, *, seed: int = 0) -> dict[str, Any]:
-        """Return ``kl``, ``nll_increase``, ``top1_agreement`` and, with answers, ``exact_match``, with 95 % intervals."""
-        found = {
-            "samples": len(self.tokens), "tokens": int(self.tokens.sum()),
-            "kl": bootstrap_ratio(self.scores["kl"], self.tokens, seed=seed).to_record(),
-            "nll": float(self.scores["nll"].sum() / self.tokens.sum()),
-            "clean_nll": float(self.clean["nll"].sum() / self.tokens.sum()),
-            "nll_increase": paired_difference(self.scores["nll"], self.clean["nll"], self.tokens, seed=seed).to_record(),
-            "top1_agreement": bootstrap_ratio(self.scores["top1"], self.tokens, seed=seed).to_record(),
-        }  # fmt: skip
-        if "exact_match" in self.scores:
-            have = np.isfinite(self.clean["exact_match"])
-            one = np.where(have, 1.0, 0.0)
-            after, before = (np.where(have, table["exact_match"], 0.0) for table in (self.scores, self.clean))
-            found["exact_match"] = bootstrap_ratio(after, one, seed=seed).to_record()
-            found["clean_exact_match"] = bootstrap_ratio(before, one, seed=seed).to_record()
-            found["exact_match_change"] = paired_difference(after, before, one, seed=seed).to_record()
+        """Return every metric with its 95 % interval; of those that the clean model has too, its value and the change."""
+        found: dict[str, Any] = {"samples": len(self.tokens), "tokens": int(self.tokens.sum())}
+        for name, metric in METRICS.items():
+            if name in self.scores:
+                found |= self._answers(metric, seed) if metric.answers else self._per_token(metric, seed)
         return found
+
+    def _per_token(self, metric: Metric, seed: int) -> dict[str, Any]:
+        name = metric.name
+        if metric.clean != "measured":
+            return {metric.reported: bootstrap_ratio(self.scores[name], self.tokens, seed=seed).to_record()}
+        return {
+            name: float(self.scores[name].sum() / self.tokens.sum()),
+            f"clean_{name}": float(self.clean[name].sum() / self.tokens.sum()),
+            metric.change: paired_difference(self.scores[name], self.clean[name], self.tokens, seed=seed).to_record(),
+        }
+
+    def _answers(self, metric: Metric, seed: int) -> dict[str, Any]:
+        name = metric.name
+        have = np.isfinite(self.clean[name])
+        one = np.where(have, 1.0, 0.0)
+        after, before = (np.where(have, table[name], 0.0) for table in (self.scores, self.clean))
+        return {
+            name: bootstrap_ratio(after, one, seed=seed).to_record(),
+            f"clean_{name}": bootstrap_ratio(before, one, seed=seed).to_record(),
+            metric.change: paired_difference(after, before, one, seed=seed).to_record(),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,6 +13,7 @@ from aqnfx.planning.evaluate import Measured, measure_plans
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import Group, Problem
 from aqnfx.probes.data import Batch
+from aqnfx.probes.tasks import KL
 
 Progress = Callable[[int, int], None]
 _FEW = 30  # samples; intervals from fewer are said to be rough
@@ -42,7 +43,7 @@ def compare_plans(
 
 
 def _difference(other: Measured, mine: Measured, seed: int) -> dict[str, Any]:
-    return paired_difference(other.scores["kl"], mine.scores["kl"], mine.tokens, seed=seed).to_record()
+    return paired_difference(other.scores[KL.name], mine.scores[KL.name], mine.tokens, seed=seed).to_record()
 
 
 def _rivals(problem: Problem, picked: Sequence[int], options: PlanOptions) -> dict[str, tuple[int, ...]]:

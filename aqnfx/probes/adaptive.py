@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from aqnfx.numerics.metrics import CRITICAL_SCORE, MODERATE_SCORE
-from aqnfx.probes.tasks import ANSWERED
+from aqnfx.probes.tasks import METRICS, degradation_of
 from aqnfx.probes.work import Item, Scores, Sweep, clean_item
 
 Array = NDArray[np.float64]
@@ -99,12 +99,12 @@ class StoppingRule:
 def _losses(sweep: Sweep, done: Mapping[Item, Scores], batches: int) -> tuple[Array, Array]:
     """Return the weights (n,) and the losses (P, n) at the base level, seeds averaged; NaN where a probe has no sample.
 
-    As in the map: lost exact matches over clean ones for the task exact_match, else positions with another argmax.
+    As in the map: what is lost of the metric that degradation is read from.
     """
     clean = [done[clean_item(b)] for b in range(batches)]
-    exact = sweep.task in ANSWERED and sum(np.nansum(c.get("exact_match", [0.0])) for c in clean) > 0
-    metric = "exact_match" if exact else "top1"
-    base = np.concatenate([np.asarray(c["exact_match" if exact else "tokens"], dtype=np.float64) for c in clean])
+    joined = {name: np.concatenate([c[name] for c in clean]) for name in METRICS if all(name in c for c in clean)}
+    metric = degradation_of(sweep.task, joined)
+    base = metric.of_clean(joined, np.concatenate([c["tokens"] for c in clean]))
     level = sweep.levels.index(sweep.base_level)
     losses = np.full((len(sweep.probes), len(base)), np.nan)
     first = 0
@@ -113,8 +113,8 @@ def _losses(sweep: Sweep, done: Mapping[Item, Scores], batches: int) -> tuple[Ar
         for row in range(len(sweep.probes)):
             runs = [done[item] for k in range(len(sweep.seeds)) if (item := (b, row, level, k)) in done]
             if runs:
-                scores = np.mean([run[metric] for run in runs], axis=0)
-                losses[row, first : first + size] = base[first : first + size] - scores
+                scores = np.mean([run[metric.name] for run in runs], axis=0)
+                losses[row, first : first + size] = metric.lost(base[first : first + size], scores)
         first += size
     return base, losses
 

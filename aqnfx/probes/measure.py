@@ -22,6 +22,7 @@ from aqnfx.probes.journal import Journal, Part
 from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.memory import peak_memory_mib
 from aqnfx.probes.replay import Engine, WholeGraph
+from aqnfx.probes.tasks import METRICS
 from aqnfx.probes.work import Answers, Item, Outcome, Scores, Sweep, Worker, clean_item
 
 __all__ = ["Progress", "Sweep", "measure"]
@@ -181,9 +182,9 @@ def _collect(
             raise Interrupted("interrupted before the first probe was finished on the first samples")
     whole.sort(key=lambda b: batches[b].row_offset)
     clean = [state.done[clean_item(b)] for b in whole]
-    answers = all("exact_match" in one and not np.isnan(one["exact_match"]).any() for one in clean)
+    answered = {m for m in METRICS if all(m in one and not np.isnan(one[m]).any() for one in clean)}
     measured = next(scores for item, scores in state.done.items() if item[1] >= 0)
-    metrics = [m for m in measured if m != "exact_match" or answers]
+    metrics = [m for m in measured if not METRICS[m].answers or m in answered]
     size = [batches[b].size for b in whole]
     scores = {m: np.full((len(chosen), len(sweep.levels), len(sweep.seeds), sum(size)), np.nan) for m in metrics}
     for row, probe in enumerate(chosen):
@@ -203,7 +204,7 @@ def _collect(
     return Measurements(
         probes=tuple(sweep.probes[p] for p in chosen), levels=sweep.levels, seeds=sweep.seeds,
         base_level=sweep.base_level, task=sweep.task, noise_kind=noise_kind, tokens=joined("tokens").astype(np.int64),
-        clean={m: joined(m) for m in ("nll", "exact_match") if m == "nll" or m in metrics}, scores=scores,
+        clean={m: joined(m) for m in metrics if METRICS[m].clean == "measured"}, scores=scores,
         sites=tuple(s for s in program.all_sites if s.id in probed), samples_requested=sum(b.size for b in batches),
         complete=not interrupted, provenance=provenance,
         numbers=np.concatenate([np.arange(batches[b].row_offset, batches[b].row_offset + batches[b].size) for b in whole]),

@@ -13,7 +13,7 @@ from aqnfx.data import EMBEDDED
 from aqnfx.errors import InputError, ModelError
 from aqnfx.probes.data import DataWarning, Encoded, Example, encode
 from aqnfx.probes.examples import Data, read_examples
-from aqnfx.probes.tasks import ANSWERED
+from aqnfx.probes.tasks import TASKS
 
 
 def load_tokenizer(name: str) -> Any:
@@ -61,7 +61,7 @@ def load_samples(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DataWarning)
             encoded = encode(examples, tokenizer, max_length=max_length, pack=join, limit=samples)
-        if task in ANSWERED:
+        if TASKS[task].answers:
             encoded = tuple(e for e in encoded if e.answer is not None)
         if len(encoded) >= samples or len(examples) < limit:
             break

@@ -12,9 +12,9 @@ one exponential per vocabulary entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,97 @@ from aqnfx.probes.data import Batch
 
 Scores = dict[str, NDArray[np.float64]]
 
-TASKS = ("kl", "nll", "top1_agreement", "exact_match", "generate")
-ANSWERED = ("exact_match", "generate")
-"""Tasks whose accuracy is that of answers: given the tokens before (teacher forcing), or generated."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """How a per-sample score becomes a number: its sum over samples divided by the sum of a denominator.
+
+    ``name``: its key in :data:`Scores`, the numerator. ``denominator``: the scored positions (``tokens``), or the samples
+    that have an answer. ``clean``: what the run without noise scores by definition, 0 or every position, or ``measured``
+    where that has to be kept; a measured one per token is reported as its change. ``better``: the direction. ``reported``,
+    ``interval``, ``change``, ``baseline``: its keys in records of maps and plans. ``degradation``: what the share
+    that is lost of it is called. ``answers``: only data with answers has it. ``next_token``: only causal models have it.
+    """
+
+    name: str
+    denominator: Literal["tokens", "answers"] = "tokens"
+    clean: Literal["zero", "tokens", "measured"]
+    better: Literal["lower", "higher"]
+    reported: str
+    interval: str = ""
+    change: str = ""
+    baseline: str = ""
+    degradation: str = ""
+    next_token: bool = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether only data with answers has it."""
+        return self.denominator == "answers"
+
+    def of_clean(self, clean: Mapping[str, Any], tokens: Any) -> NDArray[np.float64]:
+        """Return the per-sample scores (n,) of the run without noise, whose measured ones are ``clean``."""
+        scored = np.asarray(tokens, dtype=np.float64)
+        if self.clean == "measured":
+            return np.asarray(clean[self.name], dtype=np.float64)
+        return scored if self.clean == "tokens" else np.zeros_like(scored)
+
+    def lost(self, clean: Any, scores: Any) -> NDArray[np.float64]:
+        """Return by how much ``scores`` are worse than ``clean``; negative where they are better."""
+        return np.asarray(clean - scores if self.better == "higher" else scores - clean, dtype=np.float64)
+
+    def after(self, clean: Any, lost: Any) -> NDArray[np.float64]:
+        """Return the scores that are worse than ``clean`` by ``lost``."""
+        return np.asarray(clean - lost if self.better == "higher" else clean + lost, dtype=np.float64)
+
+
+KL = Metric(name="kl", clean="zero", better="lower", reported="kl", interval="ci")
+NLL = Metric(
+    name="nll", clean="measured", better="lower", reported="nll_delta", interval="nll_delta_ci", change="nll_increase",
+    baseline="nll", next_token=True,
+)  # fmt: skip
+TOP1 = Metric(
+    name="top1", clean="tokens", better="higher", reported="top1_agreement", interval="top1_ci", degradation="1 - top1"
+)
+EXACT_MATCH = Metric(
+    name="exact_match", denominator="answers", clean="measured", better="higher", reported="exact_match",
+    change="exact_match_change", baseline="accuracy", degradation="exact_match",
+)  # fmt: skip
+METRICS = {metric.name: metric for metric in (KL, NLL, TOP1, EXACT_MATCH)}
+"""Every score that :func:`score` gives, by its key, in the order of records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a run is asked for: degradation is the share of ``metric`` that is lost, where the clean model has any.
+
+    ``next_token``: needs a causal model.
+    """
+
+    metric: Metric
+    next_token: bool = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether the data must have answers."""
+        return self.metric.answers
+
+
+TASKS = {
+    "kl": Task(metric=TOP1),
+    "nll": Task(metric=TOP1, next_token=True),
+    "top1_agreement": Task(metric=TOP1),
+    "exact_match": Task(metric=EXACT_MATCH, next_token=True),  # given the tokens before: teacher forcing
+    "generate": Task(metric=EXACT_MATCH, next_token=True),
+}
+
+
+def degradation_of(task: str, clean: Mapping[str, Any]) -> Metric:
+    """Return the metric whose loss is the degradation: that of ``task`` where the clean scores add up to some, else top-1."""
+    metric = TASKS[task].metric
+    if metric.clean == "measured" and not (metric.name in clean and float(np.nansum(clean[metric.name])) > 0):
+        return TOP1
+    return metric
 
 _CHUNK_CPU = 1 << 20  # vocabulary entries at a time: stays in the caches
 _CHUNK_GPU = 1 << 26  # few launches, 256 MiB per temporary
@@ -62,7 +150,7 @@ class Reference:
         return self.logits.nbytes + self.probabilities.nbytes
 
 
-def accuracy_like(task: str, has_answers: bool) -> Literal["exact_match", "top1"]:
+def accuracy_like(task: str, has_answers: bool) -> str:
     """Return the score that relative degradation is read from: ``exact_match`` for tasks with answers, else ``top1``.
 
     For ``top1`` the clean value is the number of scored tokens, so degradation is 1 − top-1 agreement. Raises
@@ -70,11 +158,9 @@ def accuracy_like(task: str, has_answers: bool) -> Literal["exact_match", "top1"
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}{nearest(task, TASKS)}")
-    if task not in ANSWERED:
-        return "top1"
-    if not has_answers:
+    if TASKS[task].answers and not has_answers:
         raise InputError(f"task {task} needs examples with 'question' and 'answer'; for plain text use kl")
-    return "exact_match"
+    return TASKS[task].metric.name
 
 
 @torch.no_grad()
@@ -182,10 +268,10 @@ def _per_sample(reference: Reference, kl: torch.Tensor, nll: torch.Tensor, top: 
         result: NDArray[np.float64] = sums.numpy()
         return result
 
-    scores = {"kl": total(kl), "nll": total(nll), "top1": total(top == reference.top)}
+    scores = {KL.name: total(kl), NLL.name: total(nll), TOP1.name: total(top == reference.top)}
     if reference.answer is not None:
         tokens, wrong = total(reference.answer), total(reference.answer & (top != reference.labels))
-        scores["exact_match"] = np.where(tokens > 0, (wrong == 0).astype(np.float64), np.nan)
+        scores[EXACT_MATCH.name] = np.where(tokens > 0, (wrong == 0).astype(np.float64), np.nan)
     return scores
 
 

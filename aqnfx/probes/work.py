@@ -14,7 +14,7 @@ from aqnfx.graph.program import Program
 from aqnfx.probes.data import Batch
 from aqnfx.probes.measurements import Probe
 from aqnfx.probes.replay import Engine
-from aqnfx.probes.tasks import Reference, reference, score
+from aqnfx.probes.tasks import EXACT_MATCH, Reference, reference, score
 
 Item = tuple[int, int, int, int]
 """Batch, probe, level and seed, by their numbers in the sweep; the clean run of a batch is (batch, -1, 0, 0)."""
@@ -151,7 +151,7 @@ class Worker:
         counted = {**clean, "tokens": batch.score_mask[: batch.size].sum(1).cpu().numpy()}
         scores = {name: values.tolist() for name, values in counted.items()}
         if self.answers is not None:
-            scores["exact_match"] = self._answered(self.answers, batch)
+            scores[EXACT_MATCH.name] = self._answered(self.answers, batch)
         self._batch, self._clean = number, Outcome(item=clean_item(number), scores=scores)
 
     def _run(self, item: Item) -> Outcome:
@@ -163,7 +163,7 @@ class Worker:
         try:
             scores = self._score(self._reference, probe)
             if self.answers is not None:
-                scores["exact_match"] = self._answered(
+                scores[EXACT_MATCH.name] = self._answered(
                     self.answers, self.batches[number], probe.sites, self.sweep.levels[lv], self.sweep.seeds[k]
                 )
             return Outcome(item=item, scores=scores)
