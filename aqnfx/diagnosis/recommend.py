@@ -75,7 +75,7 @@ def recommend(smap: SensitivityMap) -> tuple[Recommendation, ...]:
 
 def _unfounded(smap: SensitivityMap, row: dict[str, Any]) -> bool:
     """Say whether a row is an estimate at a level where the predictions were seen to fail."""
-    return bool(row.get("estimated") and smap.agreement.get(smap.base_key, {}).get("second_order_fails", True))
+    return bool(row.get("estimated") and smap.second_order_fails is not False)
 
 
 def nothing_distinguishable(smap: SensitivityMap) -> bool:

@@ -5,151 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from aqnfx.errors import ArtifactError
 from aqnfx.numerics.noise import NoiseKind
 
 SCHEMA = "aqnfx.sensitivity/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SensitivityMap:
-    """One diagnosis as plain JSON values; every field is the key of the same name in the record.
-
-    ``per_operator`` and ``per_layer`` hold the relative degradation (a fraction, 0.15 = 15 %) at ``base_level``,
-    ``*_kl`` the KL divergence in nats per token, ``*_detail`` every level with its interval: ``[low, high]`` at
-    ``statistics["confidence"]``. ``None`` stands for a number that the run cannot give. ``extra`` keeps keys that this
-    version does not know, so that reading and writing an artifact loses nothing.
-    """
-
-    model: dict[str, Any]
-    task: dict[str, Any]
-    noise: dict[str, Any]
-    per_site: list[dict[str, Any]]
-    per_operator: dict[str, float | None]
-    per_layer: dict[str, float | None]
-    windows: list[dict[str, Any]]
-    partial: bool = False
-    baseline: dict[str, Any] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    per_operator_kl: dict[str, float | None] = field(default_factory=dict)
-    per_layer_kl: dict[str, float | None] = field(default_factory=dict)
-    per_operator_detail: dict[str, Any] = field(default_factory=dict)
-    per_layer_detail: dict[str, Any] = field(default_factory=dict)
-    all_sites: dict[str, Any] = field(default_factory=dict)
-    ranking: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    channels: dict[str, Any] = field(default_factory=dict)
-    critical_layers: list[int | str] = field(default_factory=list)
-    critical_ops: list[str] = field(default_factory=list)
-    avalanche_points: list[list[int | str]] = field(default_factory=list)
-    critical_threshold: dict[str, Any] = field(default_factory=dict)
-    method: str = "measure"
-    agreement: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, Any] = field(default_factory=dict)
-    sqnr: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Noise levels that were measured, ascending."""
-        return tuple(float(level) for level in self.noise["levels"])
-
-    @property
-    def base_level(self) -> float:
-        """The level that rankings, classes and the flat tables refer to."""
-        return float(self.noise["base_level"])
-
-    @property
-    def base_key(self) -> str:
-        """``base_level`` as the key that the ``levels`` and ``measured`` tables use."""
-        return level_key(self.base_level)
-
-    @property
-    def format(self) -> str | None:
-        """The number format whose error perturbed, or None where noise did."""
-        kind = str(self.noise["kind"])
-        return None if kind in list(NoiseKind) else kind
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Noise seeds that every score is the mean over."""
-        return tuple(int(seed) for seed in self.noise["seeds"])
-
-    @property
-    def samples(self) -> int:
-        """Number of samples that every number is computed from."""
-        return int(self.task["samples"])
-
-    @property
-    def confidence(self) -> float:
-        """Confidence of every interval, 0.95 where the record does not say."""
-        return float(self.statistics.get("confidence", 0.95))
-
-    def at_base(self, kind: Literal["operator", "layer"], key: str) -> dict[str, Any]:
-        """Return the measured detail of one operator or layer at ``base_level``, empty where there is none."""
-        table = self.per_operator_detail if kind == "operator" else self.per_layer_detail
-        found: dict[str, Any] = table.get(key, {}).get("levels", {}).get(self.base_key, {})
-        return found
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the map as plain JSON values; numbers that are not finite become ``None``."""
-        record: dict[str, Any] = {"schema": SCHEMA}
-        record |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
-        cleaned: dict[str, Any] = jsonable(record | {k: v for k, v in self.extra.items() if k not in record})
-        return cleaned
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> SensitivityMap:
-        """Read a map back from its record.
-
-        Raises :class:`ArtifactError`, one line, when the schema is another one, a required key is missing or a value
-        has the wrong type.
-        """
-        found = record.get("schema") if isinstance(record, Mapping) else None
-        if found != SCHEMA:
-            raise ArtifactError(f"sensitivity map: expected schema {SCHEMA!r}, found {found!r}")
-        try:
-            _Record.model_validate(dict(record))
-        except ValidationError as error:
-            raise ArtifactError(f"sensitivity map: {_first_error(error)}") from error
-        known = {item.name for item in fields(cls)} - {"extra"}
-        values = {key: copy.deepcopy(value) for key, value in record.items() if key in known}
-        extra = {key: copy.deepcopy(value) for key, value in record.items() if key not in known and key != "schema"}
-        return cls(**values, extra=extra)
-
-
-def level_key(level: float) -> str:
-    """Return a noise level as an artifact key: the shortest decimal, ``0.05 -> "0.05"``, ``1.0 -> "1"``."""
-    return f"{level:.12g}"
-
-
-def layer_label(label: str) -> int | str:
-    """Return a layer label as artifacts list it: an integer for ``"3"``, the text for ``"decoder.block:3"``."""
-    return int(label) if label.isascii() and label.isdigit() else label
-
-
-def jsonable(value: Any) -> Any:
-    """Return a copy of nested values as JSON has them.
-
-    NaN and infinities become ``None``, tuples lists, NumPy scalars numbers, keys and anything else (a path, a dtype)
-    text: a long run must not end in a report that cannot be written.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class _Part(BaseModel):
@@ -218,36 +84,162 @@ class _Sqnr(_Part):
     misled: list[dict[str, Any]] = []
 
 
-class _Record(_Part):
-    """What a record must look like; only used to check, so that the map itself stays plain JSON values."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityMap:
+    """One diagnosis as plain JSON values; every field is the key of the same name in the record.
+
+    What an annotation adds to a type is what records that are read are checked against.
+
+    ``per_operator`` and ``per_layer`` hold the relative degradation (a fraction, 0.15 = 15 %) at ``base_level``,
+    ``*_kl`` the KL divergence in nats per token, ``*_detail`` every level with its interval: ``[low, high]`` at
+    ``statistics["confidence"]``. ``None`` stands for a number that the run cannot give. ``extra`` keeps keys that this
+    version does not know, so that reading and writing an artifact loses nothing.
+    """
 
     model: dict[str, Any]
-    task: _Task
-    noise: _Noise
-    per_site: list[_SiteEntry]
+    task: Annotated[dict[str, Any], _Task]
+    noise: Annotated[dict[str, Any], _Noise]
+    per_site: Annotated[list[dict[str, Any]], list[_SiteEntry]]
     per_operator: dict[str, float | None]
     per_layer: dict[str, float | None]
-    windows: list[_Window]
+    windows: Annotated[list[dict[str, Any]], list[_Window]]
     partial: bool = False
-    baseline: dict[str, Any] = {}
-    statistics: dict[str, Any] = {}
-    per_operator_kl: dict[str, float | None] = {}
-    per_layer_kl: dict[str, float | None] = {}
-    per_operator_detail: dict[str, _Detail] = {}
-    per_layer_detail: dict[str, _Detail] = {}
-    all_sites: dict[str, Any] = {}
-    ranking: dict[str, list[dict[str, Any]]] = {}
-    channels: dict[str, _Channels] = {}
+    baseline: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    per_operator_kl: dict[str, float | None] = field(default_factory=dict)
+    per_layer_kl: dict[str, float | None] = field(default_factory=dict)
+    per_operator_detail: Annotated[dict[str, Any], dict[str, _Detail]] = field(default_factory=dict)
+    per_layer_detail: Annotated[dict[str, Any], dict[str, _Detail]] = field(default_factory=dict)
+    all_sites: dict[str, Any] = field(default_factory=dict)
+    ranking: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    channels: Annotated[dict[str, Any], dict[str, _Channels]] = field(default_factory=dict)
+    critical_layers: list[int | str] = field(default_factory=list)
+    critical_ops: list[str] = field(default_factory=list)
+    avalanche_points: list[list[int | str]] = field(default_factory=list)
+    critical_threshold: dict[str, Any] = field(default_factory=dict)
     method: str = "measure"
-    agreement: dict[str, _Agreement] = {}
-    weights: _Weights = _Weights()
-    sqnr: _Sqnr = _Sqnr()
-    critical_layers: list[int | str] = []
-    critical_ops: list[str] = []
-    avalanche_points: list[list[int | str]] = []
-    critical_threshold: dict[str, Any] = {}
-    notes: list[str] = []
-    provenance: dict[str, Any] = {}
+    agreement: Annotated[dict[str, Any], dict[str, _Agreement]] = field(default_factory=dict)
+    weights: Annotated[dict[str, Any], _Weights] = field(default_factory=dict)
+    sqnr: Annotated[dict[str, Any], _Sqnr] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels that were measured, ascending."""
+        return tuple(float(level) for level in self.noise["levels"])
+
+    @property
+    def base_level(self) -> float:
+        """The level that rankings, classes and the flat tables refer to."""
+        return float(self.noise["base_level"])
+
+    @property
+    def base_key(self) -> str:
+        """``base_level`` as the key that the ``levels`` and ``measured`` tables use."""
+        return level_key(self.base_level)
+
+    @property
+    def format(self) -> str | None:
+        """The number format whose error perturbed, or None where noise did."""
+        kind = str(self.noise["kind"])
+        return None if kind in list(NoiseKind) else kind
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Noise seeds that every score is the mean over."""
+        return tuple(int(seed) for seed in self.noise["seeds"])
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that every number is computed from."""
+        return int(self.task["samples"])
+
+    @property
+    def confidence(self) -> float:
+        """Confidence of every interval, 0.95 where the record does not say."""
+        return float(self.statistics.get("confidence", 0.95))
+
+    @property
+    def second_order_fails(self) -> bool | None:
+        """Whether predictions at ``base_level`` are off beyond what second order explains; None where nothing was compared."""
+        found = self.agreement.get(self.base_key)
+        return None if found is None else bool(found["second_order_fails"])
+
+    def at_base(self, kind: Literal["operator", "layer"], key: str) -> dict[str, Any]:
+        """Return the measured detail of one operator or layer at ``base_level``, empty where there is none."""
+        table = self.per_operator_detail if kind == "operator" else self.per_layer_detail
+        found: dict[str, Any] = table.get(key, {}).get("levels", {}).get(self.base_key, {})
+        return found
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the map as plain JSON values; numbers that are not finite become ``None``."""
+        record: dict[str, Any] = {"schema": SCHEMA}
+        record |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
+        cleaned: dict[str, Any] = jsonable(record | {k: v for k, v in self.extra.items() if k not in record})
+        return cleaned
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> SensitivityMap:
+        """Read a map back from its record.
+
+        Raises :class:`ArtifactError`, one line, when the schema is another one, a required key is missing or a value
+        has the wrong type.
+        """
+        found = record.get("schema") if isinstance(record, Mapping) else None
+        if found != SCHEMA:
+            raise ArtifactError(f"sensitivity map: expected schema {SCHEMA!r}, found {found!r}")
+        try:
+            _checker().model_validate(dict(record))
+        except ValidationError as error:
+            raise ArtifactError(f"sensitivity map: {_first_error(error)}") from error
+        known = {item.name for item in fields(cls)} - {"extra"}
+        values = {key: copy.deepcopy(value) for key, value in record.items() if key in known}
+        extra = {key: copy.deepcopy(value) for key, value in record.items() if key not in known and key != "schema"}
+        return cls(**values, extra=extra)
+
+
+@cache
+def _checker() -> type[BaseModel]:
+    """Return the model that a record is checked with: the fields of the map, as their annotations describe them."""
+    hints = get_type_hints(SensitivityMap, include_extras=True)
+    wanted: dict[str, Any] = {
+        item.name: (
+            get_args(hints[item.name])[-1] if hasattr(hints[item.name], "__metadata__") else hints[item.name],
+            ... if item.default is item.default_factory is MISSING else None,
+        )
+        for item in fields(SensitivityMap)
+        if item.name != "extra"
+    }
+    return create_model("SensitivityRecord", __base__=_Part, **wanted)
+
+
+def level_key(level: float) -> str:
+    """Return a noise level as an artifact key: the shortest decimal, ``0.05 -> "0.05"``, ``1.0 -> "1"``."""
+    return f"{level:.12g}"
+
+
+def layer_label(label: str) -> int | str:
+    """Return a layer label as artifacts list it: an integer for ``"3"``, the text for ``"decoder.block:3"``."""
+    return int(label) if label.isascii() and label.isdigit() else label
+
+
+def jsonable(value: Any) -> Any:
+    """Return a copy of nested values as JSON has them.
+
+    NaN and infinities become ``None``, tuples lists, NumPy scalars numbers, keys and anything else (a path, a dtype)
+    text: a long run must not end in a report that cannot be written.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _first_error(error: ValidationError) -> str:

@@ -157,7 +157,7 @@ def _verdict(
 ) -> tuple[int, str]:
     if critical:
         return 1, "critical"
-    if estimated and smap.agreement.get(smap.base_key, {}).get("second_order_fails", True):
+    if estimated and smap.second_order_fails is not False:
         return 2, "of no known class, as predictions do not hold at this level"
     if label == "critical":
         return 1, "of class critical" + ("" if doubtful else ", which the measurement does not settle")

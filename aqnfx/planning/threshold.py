@@ -206,7 +206,7 @@ def _notes(smap: SensitivityMap, found: Mapping[str, Sensitivity | None], option
     open_ = sum(any(item.straddles(bound) for bound in options.thresholds) for item in known)
     if open_:
         notes.append(f"{open_} of {len(known)} are not settled by the map: their interval holds a threshold, or is not known")
-    if guessed and smap.agreement.get(smap.base_key, {}).get("second_order_fails"):
+    if guessed and smap.second_order_fails:
         notes.append(f"predictions do not hold at level {smap.base_level:g}, so the predicted sensitivities are no guide")
     if smap.partial:
         notes.append(f"the map is of an interrupted run, on {smap.samples} samples")

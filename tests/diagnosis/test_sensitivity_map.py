@@ -72,6 +72,10 @@ def test_map_does_not_share_with_its_record() -> None:
         ({"channels": {"a": {"channels": 8, "top": [["x", 0.1, 0.0, 0.2]]}}}, r"channels\.a\.top\.0\.0"),
         ({"weights": {"metric": 3}}, r"weights\.metric"),
         ({"method": 1}, "method"),
+        ({"windows": [{"layers": [0], "measured": "x", "predicted": None, "amplification": None}]}, r"windows\.0\.measured"),
+        ({"per_layer_detail": {"3": {"levels": {"0.1": 3}}}}, r"per_layer_detail\.3\.levels\.0\.1"),
+        ({"sqnr": {"sites": "many"}}, r"sqnr\.sites"),
+        ({"avalanche_points": [3]}, r"avalanche_points\.0"),
     ],
 )
 def test_foreign_records_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
@@ -84,6 +88,15 @@ def test_foreign_records_are_refused_in_one_line(change: dict[str, Any], message
 def test_required_keys(key: str) -> None:
     with pytest.raises(ArtifactError, match=key):
         SensitivityMap.from_record({k: v for k, v in MINIMAL.items() if k != key})
+
+
+def test_second_order_fails_where_something_was_compared() -> None:
+    compared = {"probes": 3, "median_ratio": 1.0, "within_25_percent": 1.0, "worst": {}}
+    found = [
+        SensitivityMap.from_record(MINIMAL | {"agreement": {level: compared | {"second_order_fails": fails}}}).second_order_fails
+        for level, fails in (("0.05", True), ("0.05", False), ("0.01", True))
+    ]
+    assert found == [True, False, None]
 
 
 def test_labels_and_keys() -> None:
