@@ -19,7 +19,7 @@ def migrate(
     from aqnfx.cli.terminal import Terminal
     from aqnfx.diagnosis.mapped import as_probed
     from aqnfx.diagnosis.options import DTYPES
-    from aqnfx.graph.frontend import trace
+    from aqnfx.graph.lengths import recorded, trace_for
     from aqnfx.planning.divergences import parse_divergences
     from aqnfx.planning.migration import migration_plan
     from aqnfx.planning.planner import model_facts
@@ -36,7 +36,8 @@ def migrate(
         # In the dtype of the map: its digest of the weights is over their bytes.
         made_in = str(smap.model.get("dtype"))
         dtype = getattr(torch, made_in if made_in in DTYPES else DTYPES[0])
-        program = as_probed(trace(model, dtype=dtype, allow_missing=allow_missing), smap)
+        traced = trace_for(model, recorded(smap.provenance), dtype=dtype, allow_missing=allow_missing)
+        program = as_probed(traced, smap)
         steps = migration_plan(smap, errors, program=program)
         record = migration_record(steps, smap, model=model_facts(model, program), divergences=errors)
         paths = save_migration(record, out) if out is not None else {}

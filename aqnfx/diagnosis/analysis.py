@@ -17,7 +17,7 @@ from aqnfx.diagnosis.reasons import Evidence, reasons
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
 from aqnfx.graph.flops import Sizes, input_shapes
-from aqnfx.graph.frontend import trace
+from aqnfx.graph.lengths import recorded, serves, trace_for
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
@@ -83,8 +83,8 @@ def analyze(
 
     ``model`` is a Program that no pass has inserted nodes into, or what :func:`aqnfx.trace` takes; one that is loaded here
     has the dtype of its checkpoint. FLOPs and bytes are of one forward pass of ``batch`` samples of ``tokens`` positions
-    (default: 1 × 128, or what the trace has fixed or the model takes at most) on a machine of ``balance`` FLOP per byte.
-    At most ``top`` critical sites are explained. ``allow_missing`` is that of :func:`aqnfx.trace`.
+    (default: 1 × 128, or as traced where the trace does not hold for that, or what the model takes at most) on a machine of
+    ``balance`` FLOP per byte. At most ``top`` critical sites are explained. ``allow_missing`` is that of :func:`aqnfx.trace`.
 
     Raises :class:`ArtifactError` where the map is of another model or holds values of the wrong kind, and
     :class:`InputError` for options out of range; loading and tracing raise what :func:`aqnfx.trace` raises.
@@ -92,7 +92,10 @@ def analyze(
     if top < 1:
         raise InputError(f"top {top} must be at least 1")
     check_options(batch=batch, tokens=tokens, balance=balance)  # before a large model is loaded in vain
-    program = model if isinstance(model, Program) else trace(model, dtype="auto", allow_missing=allow_missing)
+    lengths = recorded({"max_length": tokens} if smap is None else smap.provenance)
+    program = (
+        model if isinstance(model, Program) else trace_for(model, lengths, dtype="auto", allow_missing=allow_missing)
+    )
     tagged = Pipeline.parse(TAGS)(program) if smap is None else as_probed(program, smap)
     batch, tokens = _sizes(tagged, batch, tokens)
     found = structure(tagged, batch=batch, tokens=tokens, balance=balance)
@@ -123,14 +126,14 @@ def analyze(
 
 
 def _sizes(program: Program, batch: int | None, tokens: int | None) -> tuple[int | None, int | None]:
-    """Fill in what is not given: the usual numbers, but what the trace has fixed, and no more than the model takes."""
+    """Fill in what is not given: the usual numbers, but what the trace holds for, and no more than the model takes."""
     limit = program.source.get("max_positions")
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"]
     fixed = [any(isinstance(static_size(s[d]), int) for s in shapes if len(s) > d) for d in range(2)]
     usual = min(TOKENS, limit) if isinstance(limit, int) else TOKENS
     return (
         BATCH if batch is None and not fixed[0] else batch,
-        usual if tokens is None and not fixed[1] else tokens,
+        usual if tokens is None and not fixed[1] and serves(program, (usual,)) else tokens,
     )
 
 

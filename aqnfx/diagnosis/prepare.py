@@ -17,7 +17,7 @@ from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.options import DEFAULT_MAX_LENGTH, DEFAULT_WINDOW, Options
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.controls import device_of
-from aqnfx.graph.frontend import trace
+from aqnfx.graph.lengths import serves, trace_for
 from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
@@ -26,7 +26,7 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture
 from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
 from aqnfx.probes.examples import Data
-from aqnfx.probes.forward import eager_forward, is_causal
+from aqnfx.probes.forward import check_padding, eager_forward, is_causal
 from aqnfx.probes.limits import check_tokens, padding, positions, vocabulary
 from aqnfx.probes.measurements import Probe, ProbeKind
 from aqnfx.probes.plan import plan_probes
@@ -40,8 +40,9 @@ from aqnfx.probes.work import Sweep, Worker
 class Prepared:
     """A tagged program, the encoded samples, the probes over its sites, the task, and notes for the report.
 
-    ``longest`` is the length of the longest sample in tokens, ``fixed`` the sequence length that the traced forward
-    fixes, or None; ``pad`` the padding token. ``model`` is what was traced, kept where it is to generate.
+    ``longest`` is the length of the longest sample in tokens, ``fixed`` the length that all samples are padded to
+    because the trace holds for some lengths only, or None; ``pad`` the padding token. ``model`` is what was traced,
+    kept where it is to generate.
     """
 
     program: Program
@@ -96,21 +97,24 @@ def prepare(
     # An adaptive run looks at its first batches: they must be like all others.
     encoded = encoded if options.adaptive or options.budget else by_length(encoded)
     tell("tracing")
-    longest = max(len(e.input_ids) for e in encoded)
-    tagged = tag(model if isinstance(model, Program) else _trace(model, longest), options)
+    lengths = {len(e.input_ids) for e in encoded}
+    longest = max(lengths)
+    tagged = tag(model if isinstance(model, Program) else trace_for(model, lengths), options)
     probes, more = plan(tagged, options)
-    fixed = _fixed_length(tagged)
+    fixed = None if serves(tagged, lengths) else longest
     tell("preparing")
-    causal = _is_causal(tagged, (encoded[0].input_ids * longest)[: fixed or longest])
+    causal = _is_causal(tagged, (encoded[0].input_ids * longest)[:longest])
     if not causal:
         if TASKS[task].next_token:
             raise ModelError(
                 f"task {task} needs a causal language model; this one sees later tokens; use kl or top1_agreement"
             )
         more = (*more, "the model is not causal: KL and agreement are over all positions, and there is no NLL")
+    if fixed is not None and isinstance(model, nn.Module):
+        check_padding(model, tagged, min(encoded, key=lambda e: len(e.input_ids)), longest, pad)
     return Prepared(
         program=tagged, encoded=encoded, probes=probes, task=task, causal=causal, longest=longest,
-        fixed=longest if fixed is not None else None, pad=pad,
+        fixed=fixed, pad=pad,
         tokenizer=tokenizer, notes=(*tagged.notes, *notes, *padded, *more),
         model=model if task == "generate" and isinstance(model, nn.Module) else None,
     )  # fmt: skip
@@ -169,7 +173,7 @@ class Recipe:
         options = self.options if device is None else dataclasses.replace(self.options, device=device)
         own = self.source
         model = _load(own, options) if isinstance(own, str) else copy.deepcopy(own).to(options.device)
-        program = tag(_trace(model, self.ready.longest), options)
+        program = tag(trace_for(model, {len(e.input_ids) for e in self.ready.encoded}), options)
         ready = dataclasses.replace(self.ready, program=program)
         noisy, engine, batches = instrument(ready, options, self.sweep, self.compiled)
         return Worker(noisy, engine, batches, self.sweep)
@@ -205,9 +209,8 @@ def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures
             pack=options.pack,
         )  # fmt: skip
         check_tokens(encoded, vocabulary(ready.program), ready.tokenizer)
-    made = make_batches(
-        encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=ready.fixed
-    )
+    fixed = ready.fixed if serves(ready.program, {len(e.input_ids) for e in encoded}) else ready.longest
+    made = make_batches(encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=fixed)
     program = Pipeline.parse(f'insert-capture{{where="{options.where}" perturb={options.captured}}}')(ready.program)
     return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
 
@@ -316,17 +319,3 @@ def _samples(
     if options.task is None and not answers and any(e.answer is not None for e in encoded):
         notes = (*notes, "some samples have no whole answer, so the task is kl; ask for exact_match to leave them out")
     return encoded, notes, task
-
-
-def _trace(model: nn.Module, longest: int) -> Program:
-    """Trace; a model whose forward fixes the sequence length is traced at the length of the data."""
-    program = trace(model)
-    fixed = _fixed_length(program)
-    return program if fixed in (None, longest) else trace(model, sequence_length=longest)
-
-
-def _fixed_length(program: Program) -> int | None:
-    """Return the sequence length that the model's forward fixes, or None."""
-    inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
-    lengths = [static_size(v.shape[1]) for v in inputs if v.dim() > 1]
-    return next((size for size in lengths if isinstance(size, int)), None)

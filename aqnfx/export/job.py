@@ -14,7 +14,7 @@ from torch import nn
 from aqnfx.data import EMBEDDED, embedded_model
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, assigned_sites
-from aqnfx.graph.frontend import trace
+from aqnfx.graph.lengths import recorded, trace_for
 from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
@@ -87,7 +87,9 @@ def open_plan(
     if model is None or isinstance(model, (str, Path)):
         model, own = _load(plan, path, model, allow_missing)
         allow_missing = ()
-    program = Pipeline.parse("tag-layers,tag-ops")(trace(model, allow_missing=allow_missing))
+    program = Pipeline.parse("tag-layers,tag-ops")(
+        trace_for(model, recorded(plan.provenance), allow_missing=allow_missing)
+    )
     assigned_sites(program, plan.assignments)
     check_model(plan, program, path)
     return Job(path=str(path), plan=plan, model=model, program=program, stored_dtype=own)

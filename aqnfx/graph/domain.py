@@ -66,15 +66,19 @@ class Domain:
             raise InputError(self._message(tuple(tuple(t.shape) for t in tensors), self.conditions[broken]))
         self._known.add(key)
 
+    def check_shapes(self, shapes: Shapes) -> None:
+        """Like :meth:`check`, for shapes without tensors."""
+        broken = self._broken([_Shape(shape) for shape in shapes])
+        if broken >= 0:
+            raise InputError(self._message(shapes, self.conditions[broken]))
+
     def holds(self, shapes: Shapes) -> bool:
         """Return whether inputs of these shapes are inside."""
         return self._broken([_Shape(shape) for shape in shapes]) < 0
 
-    def holds_at(self, dim: int, size: int) -> bool:
-        """Return whether inputs of the traced shapes are inside when dimension ``dim`` of the first has this size."""
-        text = self.sizes[0][dim] if self.sizes and dim < len(self.sizes[0]) else ""
-        if not text:
-            return True
+    def holds_at(self, name: str, dim: int, size: int) -> bool:
+        """Return whether inputs of the traced shapes are inside when a dimension of the input ``name`` has this size."""
+        text = self.sizes[self.names.index(name)][dim]
         return int(text) == size if text.isdigit() else self.holds(self._changed(self.traced, {text: size}))
 
     def limits(self) -> dict[tuple[str, int], tuple[int, int | None]]:
@@ -92,7 +96,7 @@ class Domain:
     def notes(self) -> tuple[str, ...]:
         """Return one line per limit, for the notes of a Program."""
         return tuple(
-            f"{name}: the model's forward takes other steps outside of {_interval(*limit)} in dimension {dim}"
+            f"{name}: in dimension {dim} this trace holds for {_interval(*limit)}, and not for every other size"
             for (name, dim), limit in self.limits().items()
         )
 

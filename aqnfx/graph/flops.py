@@ -39,6 +39,8 @@ class Sizes:
                         raise InputError(f"input {name!r}: the trace fixes dimension {dim} at {size}; {value} was asked")
                 elif size.node.expr.is_Symbol and self._symbols.setdefault(size.node.expr, value) != value:
                     raise InputError(f"input {name!r}: dimension {dim} must be {self._symbols[size.node.expr]}, not {value}")
+        if program.domain is not None:
+            program.domain.check_shapes(tuple(tuple(shapes[name]) for name in program.signature.tensor_names))
 
     def shape(self, node: Node) -> tuple[int, ...]:
         """Return the shape of the one tensor that ``node`` returns."""

@@ -20,7 +20,7 @@ from torch import nn
 from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number, map_facts, perturbation
 from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
 from aqnfx.errors import InputError
-from aqnfx.graph.frontend import trace
+from aqnfx.graph.lengths import recorded, trace_for
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.planning.menu import Part
@@ -74,7 +74,7 @@ def threshold_plan(
     wanted = PlanOptions(rule="threshold", formats=",".join(formats), thresholds=thresholds, **options)
     ready = None if data is None else prepare_plan(model, data, wanted, tokenizer, tell)
     tell("tracing")
-    program = _traced(model, wanted) if ready is None else ready.program
+    program = _traced(model, smap, wanted) if ready is None else ready.program
     tagged = as_probed(program, smap)
     problem = make_problem(tagged, wanted)
     found = {part.module: sensitivity(part, tagged, smap) for part in problem.parts}
@@ -104,10 +104,11 @@ def threshold_plan(
     return PrecisionPlan(**jsonable(record) | {"assignments": problem.assignments(picked)})
 
 
-def _traced(model: nn.Module | Program | str | Path, options: PlanOptions) -> Program:
+def _traced(model: nn.Module | Program | str | Path, smap: SensitivityMap, options: PlanOptions) -> Program:
     if isinstance(model, Program):
         return model
-    return trace(model, dtype=getattr(torch, options.dtype), allow_missing=options.allow_missing)
+    how: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "allow_missing": options.allow_missing}
+    return trace_for(model, recorded(smap.provenance), **how)
 
 
 def sensitivity(part: Part, program: Program, smap: SensitivityMap) -> Sensitivity | None:

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from aqnfx.errors import ModelError
+from aqnfx.graph.functional import kept_values
 from aqnfx.graph.program import Program
-from aqnfx.probes.data import Batch
+from aqnfx.graph.untouched import untouched, without_caches
+from aqnfx.probes.data import Batch, Encoded, make_batches
 
 Forward = Callable[[Batch], torch.Tensor]
 
@@ -71,3 +74,23 @@ def is_causal(program: Program, tokens: Sequence[int]) -> bool:
         return True  # nothing can be said; measuring names the samples whose logits are not finite
     # Not bit for bit: routed experts round differently with other tokens in the batch.
     return torch.allclose(first[0], first[1], rtol=1e-5, atol=1e-5 * scale)
+
+
+def check_padding(model: nn.Module, program: Program, sample: Encoded, length: int, pad: int) -> None:
+    """Raise :class:`ModelError` where padding a sample to ``length`` changes what the model computes of it.
+
+    For programs that hold for some lengths only: what is padded must be what the model gives for the sample alone.
+    """
+    (batch,) = make_batches([sample], batch_size=1, pad_id=pad, fixed_length=length)
+    device = next(program.module.parameters()).device
+    ids = torch.tensor([sample.input_ids], device=device)
+    with torch.no_grad(), untouched(model), without_caches(model), kept_values(model):
+        alone = logits_of(model.eval()(input_ids=ids))
+        padded = eager_forward(program)(batch.to(device))[:, : ids.shape[1]]
+    scale = float(alone.abs().max())
+    near = torch.finfo(alone.dtype).eps ** 0.5  # chunks of another length round differently
+    if math.isfinite(scale) and not torch.allclose(alone, padded, rtol=near, atol=near * scale):
+        raise ModelError(
+            f"the model's forward takes other steps at other lengths, so samples of {ids.shape[1]} to {length} tokens need "
+            "padding to one length, and that changes what this model computes; choose samples of one length"
+        )

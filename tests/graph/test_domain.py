@@ -76,7 +76,7 @@ def test_outside_the_message_says_what_holds_and_what_to_try():
     assert "sizes 1 to 7 there" in text
     assert "sequence_length=30" in text
     assert "\n" not in text
-    assert any("outside of sizes 1 to 7" in note for note in program.notes)
+    assert any("holds for sizes 1 to 7" in note for note in program.notes)
 
 
 def test_passes_keep_the_domain():
