@@ -9,13 +9,13 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import ACCUMULATE, add_switch, count_after
+from aqnfx.graph.controls import add_switch, count_after
 from aqnfx.graph.edit import insert_after
 from aqnfx.graph.operands import Place
 from aqnfx.graph.opkinds import base_name
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
-from aqnfx.numerics.accumulation import ACCUMULATORS
+from aqnfx.ops.accumulate import ACCUMULATORS, AccumulateCall
 from aqnfx.passes.base import Pass, select_or_raise
 
 _PRODUCTS = {"linear": True, "addmm": False, "baddbmm": False, "matmul": False, "mm": False, "bmm": False}
@@ -62,7 +62,7 @@ class InsertAccumulation(Pass):
             switch = add_switch(program.module, site.id, torch.ones(2), inserted_by=self.name) if self.controls else None
             transposed = _PRODUCTS[str(base_name(node.target))]
             args = (node, switch and switch[0], x, weight, bias, self.element, self.every, transposed)
-            new = insert_after(node, ACCUMULATE, args, inserted_by=self.name, site=site.id, reroute=True)
+            new = insert_after(node, AccumulateCall.target, args, inserted_by=self.name, site=site.id, reroute=True)
             if switch:
                 count_after(new, site.id, switch, inserted_by=self.name)
 

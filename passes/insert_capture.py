@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 from aqnfx.errors import PassError
-from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT, CAPTURING
+from aqnfx.graph.captures import CAPTURING
 from aqnfx.graph.controls import device_of
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import attention_mask, covers
 from aqnfx.graph.tags import static_size, tensor_value
-from aqnfx.numerics.capture import new_buffers
 from aqnfx.numerics.perturbations import perturbation
+from aqnfx.ops.capture import CaptureCall, new_buffers
+from aqnfx.ops.capture_gradient import CaptureGradientCall
 from aqnfx.passes.base import Pass, select_or_raise
 
 
@@ -80,7 +81,7 @@ class InsertCapture(Pass):
             }
             if self.values:
                 args: tuple[Any, ...] = (covered, buffers["channels"], buffers["totals"], self.perturb, dim, place.dim)
-                insert_at(place, CAPTURE, args, inserted_by=self.name, reroute=False)
+                insert_at(place, CaptureCall.target, args, inserted_by=self.name, reroute=False)
             if self.gradients:
                 args = (covered, buffers["gradients"])
-                insert_at(place, CAPTURE_GRADIENT, args, inserted_by=self.name, reroute=True)
+                insert_at(place, CaptureGradientCall.target, args, inserted_by=self.name, reroute=True)

@@ -11,12 +11,13 @@ from torch.fx import Node
 
 from aqnfx.errors import PassError
 from aqnfx.graph.calibration import Range, read_ranges
-from aqnfx.graph.controls import FAKE_QUANT, add_switch, count_after, device_of, stem_of
+from aqnfx.graph.controls import add_switch, count_after, device_of, stem_of
 from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_at
 from aqnfx.graph.opkinds import may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role, Site
 from aqnfx.numerics.formats import parse_format
+from aqnfx.ops.fake_quant import FakeQuantCall
 from aqnfx.passes.base import Pass, select_or_raise
 
 
@@ -94,7 +95,7 @@ def insert_nodes(
                 for end, value in zip(("low", "high"), ranges[site.id], strict=True)
             )
         args = (switch and switch[0], low, high, fmt, gradient, place.dim, place.channel_dim, masked)
-        node = shared[key] = insert_at(place, FAKE_QUANT, args, inserted_by=inserted_by, reroute=True)
+        node = shared[key] = insert_at(place, FakeQuantCall.target, args, inserted_by=inserted_by, reroute=True)
         if switch:
             count_after(node, site.id, switch, inserted_by=inserted_by)
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import NOISE, add_switch, count_after, device_of, site_key, stem_of
+from aqnfx.graph.controls import add_switch, count_after, device_of, site_key, stem_of
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.operands import origin
 from aqnfx.graph.opkinds import OpKind
@@ -17,6 +17,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
 from aqnfx.numerics.noise import NoiseKind, as_int32, columns
+from aqnfx.ops.noise import NoiseCall
 from aqnfx.passes.base import Pass, select_or_raise
 
 
@@ -84,7 +85,7 @@ class InsertNoise(Pass):
             keep_zeros = get_tag(origin(places[site.id].value)).op is OpKind.SOFTMAX
             if keep_zeros or self.compiled:
                 args = (*args, 0, keep_zeros, self.compiled)
-            noise = insert_at(places[site.id], NOISE, args, inserted_by=self.name, reroute=True)
+            noise = insert_at(places[site.id], NoiseCall.target, args, inserted_by=self.name, reroute=True)
             count_after(noise, site.id, switch, inserted_by=self.name)
 
     def _dim(self, site: str, value: torch.Tensor) -> int:

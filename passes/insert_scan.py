@@ -10,10 +10,9 @@ from aqnfx.graph.controls import device_of
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import attention_mask, covers
-from aqnfx.graph.scans import SCAN
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.formats import parse_format
-from aqnfx.numerics.scan import new_buffers
+from aqnfx.ops.scan import ScanCall, new_buffers
 from aqnfx.passes.base import Pass, select_or_raise
 
 
@@ -36,7 +35,7 @@ class InsertScan(Pass):
             raise PassError(f"{self.name}: no format was given; try formats=mxfp4|int8")
         for name in self.formats.split("|"):
             parse_format(name)
-        if any(node.target is SCAN for node in program.graph.nodes):
+        if any(node.target is ScanCall.target for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has scan nodes already; strip first")
 
     def run(self, program: Program) -> None:
@@ -57,6 +56,5 @@ class InsertScan(Pass):
                 for part, new in new_buffers(self.formats.count("|") + 1, width if isinstance(width, int) else 1).items()
             ]
             channel_dim = place.channel_dim if isinstance(width, int) else -1
-            insert_at(
-                place, SCAN, (covered, *buffers, self.formats, place.dim, channel_dim), inserted_by=self.name, reroute=False
-            )
+            args = (covered, *buffers, self.formats, place.dim, channel_dim)
+            insert_at(place, ScanCall.target, args, inserted_by=self.name, reroute=False)

@@ -22,7 +22,8 @@ from aqnfx.graph.tags import get_tag, static_size, tensor_value
 from aqnfx.numerics.formats import KNOWN
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
-from aqnfx.numerics.score import RANDOM
+from aqnfx.ops.score import RANDOM, ScoreCall
+from aqnfx.ops.score_weight import ScoreWeightCall
 from aqnfx.passes.base import Pass, select_or_raise
 
 _KEPT = 1 << 26  # changed values of all weights together that are held between draws: 256 MiB
@@ -110,7 +111,7 @@ class InsertScore(Pass):
                     list(names), x, place.value, place.dim, place.channel_dim, elements, keep,
                 )  # fmt: skip
                 insert_after(
-                    y, torch.ops.aqnfx.score_weight.default, product_args, reroute=True, inserted_by=self.name, site=site.id
+                    y, ScoreWeightCall.target, product_args, reroute=True, inserted_by=self.name, site=site.id
                 )
                 continue
             value = tensor_value(place.value)
@@ -125,13 +126,13 @@ class InsertScore(Pass):
                 anchor, run, hits, table, channels, sketch, index, _samples(site, value, batch), str(self.kind), list(names),
                 dim, zeros, outside, place.dim, *last,
             )  # fmt: skip
-            insert_at(place, torch.ops.aqnfx.score.default, args, reroute=True, inserted_by=self.name)
+            insert_at(place, ScoreCall.target, args, reroute=True, inserted_by=self.name)
         for index, node in enumerate(parameters, start=len(chosen)):
             weight_args: tuple[Any, ...] = (
                 node, anchor, run, hits, table, None, sketch, index, 0, str(NoiseKind.ABSOLUTE_GAUSSIAN), [],
             )  # fmt: skip
             new = insert_after(
-                node, torch.ops.aqnfx.score.default, weight_args, reroute=True, inserted_by=self.name,
+                node, ScoreCall.target, weight_args, reroute=True, inserted_by=self.name,
                 site=f"{node.target}:weight",
             )  # fmt: skip
             _after_buffers(new, (anchor, run, hits, table, sketch))

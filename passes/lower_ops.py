@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import Node
-
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import ACCUMULATE, NOISE, PLAIN
 from aqnfx.graph.expand import Traces, expand
 from aqnfx.graph.program import Program
-from aqnfx.graph.tags import get_tag, static_size, tensor_value
-from aqnfx.numerics.noise import noise_reference
+from aqnfx.graph.tags import get_tag
+from aqnfx.ops.table import operator_of
 from aqnfx.passes.base import Pass
 
 
@@ -30,24 +27,12 @@ class LowerOps(Pass):
         """Expand every node; a program without any is an error, since the pass was asked for."""
         lowered, traces = 0, Traces()
         for node in list(program.graph.nodes):
-            if node.target is NOISE:
-                node.args = node.args[:11]  # all but "compiled", which says how and not what
-                expand(program.module, node, noise_reference, traces)
-            elif node.target in PLAIN:
-                if node.target is ACCUMULATE:
-                    self._check_length(node)
-                expand(program.module, node, PLAIN[node.target], traces)
-            else:
+            operator = operator_of(node)
+            if operator is None or operator.reference is None:
                 continue
+            if obstacle := operator.may_lower(operator.call.of(node)):
+                raise PassError(f"{self.name}: the product at {get_tag(node).site} {obstacle}")
+            expand(program.module, node, operator.reference, traces)
             lowered += 1
         if not lowered:
             raise PassError("lower-ops found no aqnfx operations; run insert-noise or insert-fake-quant first")
-
-    def _check_length(self, node: Node) -> None:
-        """Refuse a sum of open length: as plain operations it would have one step per group, so a fixed number of them."""
-        value = tensor_value(node.args[2]) if isinstance(node.args[2], Node) else None
-        if value is None or not isinstance(static_size(value.shape[-1]), int):
-            raise PassError(
-                f"{self.name}: the product at {get_tag(node).site} sums over a dimension of open length, which cannot be written "
-                "out in steps; leave it out of insert-accumulation, or run without lower-ops"
-            )

@@ -22,11 +22,11 @@ from aqnfx.export.pt2 import export_program
 from aqnfx.export.qdq import DOMAIN, PLACEHOLDER, expand
 from aqnfx.export.staging import staged_folder
 from aqnfx.graph.assignments import operands_by_module
-from aqnfx.graph.controls import FAKE_QUANT
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import static_size, tensor_value
 from aqnfx.numerics.formats import Format, IntElement, parse_format
+from aqnfx.ops.fake_quant import FakeQuantCall
 
 TARGET = "onnx"
 OPSET = 21
@@ -116,7 +116,7 @@ def _translate(program: Program) -> Any:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         found = torch.onnx.export(
             export_program(program), (), dynamo=True, opset_version=OPSET, verbose=False, input_names=list(examples(program)),
-            output_names=names, custom_translation_table={FAKE_QUANT: fake_quant},
+            output_names=names, custom_translation_table={FakeQuantCall.target: fake_quant},
         )  # fmt: skip
     assert found is not None  # with dynamo
     return found.model_proto

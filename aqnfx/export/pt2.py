@@ -17,10 +17,10 @@ from aqnfx.errors import InputError
 from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
 from aqnfx.export.job import Exported, Job
 from aqnfx.export.staging import staged_file
-from aqnfx.graph.captures import CAPTURE, CAPTURE_GRADIENT
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import constant, get_tag, static_size
-from aqnfx.numerics.capture import new_buffers
+from aqnfx.ops.capture import CaptureCall, new_buffers
+from aqnfx.ops.capture_gradient import CaptureGradientCall
 
 TARGET = "pt2"
 
@@ -28,12 +28,12 @@ TARGET = "pt2"
 def export_pt2(job: Job, out: str | Path, *, pipeline: str = "") -> Exported:
     """Write the Program that the plan (and ``pipeline`` after it) makes as one ``.pt2`` file.
 
-    ``torch.export.load`` reads it after ``import aqnfx.numerics.ops``, or without aqnfx where the pipeline ends in
+    ``torch.export.load`` reads it after ``import aqnfx.ops``, or without aqnfx where the pipeline ends in
     ``lower-ops``. Its module takes the model's inputs by name and returns a dict of its outputs.
     """
     program = planned_program(job, pipeline)
     write_pt2(program, out)
-    note = "aqnfx's operations are in the file: import aqnfx.numerics.ops before torch.export.load"
+    note = "aqnfx's operations are in the file: import aqnfx.ops before torch.export.load"
     ours = any("aqnfx." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
     return Exported(target=TARGET, path=Path(out), files=(Path(out),), notes=(note,) if ours else ())
 
@@ -42,7 +42,7 @@ def write_pt2(program: Program, out: str | Path) -> Path:
     """Write any Program, with noise, fake-quant or capture nodes, to ``out``; raises :class:`InputError`.
 
     Captures are outputs: beside the model's own stands ``"captures"``, site id -> ``channels`` and ``totals`` of one call (see
-    :func:`aqnfx.numerics.capture.accumulate`). Noise controls are buffers of the file's module, as in the Program.
+    :func:`aqnfx.ops.capture.accumulate`). Noise controls are buffers of the file's module, as in the Program.
     """
     if Path(out).suffix != ".pt2":
         raise InputError(f"{out}: torch.export writes files whose names end in .pt2; choose such a name")
@@ -100,16 +100,17 @@ def _captures_as_outputs(fork: Program) -> list[str]:
     last = next(node for node in reversed(graph.nodes) if node.op == "output")
     sites, outputs = [], []
     for node in list(graph.nodes):
-        if node.target is CAPTURE_GRADIENT:
+        if node.target is CaptureGradientCall.target:
             raise InputError(f"{TARGET}: gradients are captured on their way back, and a file has none; leave gradients=true out")
-        if node.target is not CAPTURE:
+        if node.target is not CaptureCall.target:
             continue
-        fresh = []
-        for position, start in zip((2, 3), new_buffers(constant(module, node.args[2]).shape[1]), strict=True):
-            constant(module, node.args[position]).copy_(start)
+        fresh, call = [], CaptureCall.of(node)
+        held = {"channels": call.channels, "totals": call.totals}
+        for (name, buffer), start in zip(held.items(), new_buffers(constant(module, call.channels).shape[1]), strict=True):
+            constant(module, buffer).copy_(start)
             with graph.inserting_before(node):
-                copy = graph.call_function(torch.ops.aten.clone.default, (node.args[position],))
-            node.update_arg(position, copy)
+                copy = graph.call_function(torch.ops.aten.clone.default, (buffer,))
+            node.update_arg(CaptureCall.position(name), copy)
             fresh.append(copy)
         sites.append(str(get_tag(node).site))
         outputs += fresh

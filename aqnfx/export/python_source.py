@@ -109,7 +109,7 @@ def python_source(program: Program) -> str:
     head = _HEAD.format(
         title=f"{name}, as a graph.", parameters=parameters,
         pipeline=printable(program.pipeline).replace("\\", "/").replace('"""', "''"),
-        imports="import aqnfx.numerics.ops  # registers torch.ops.aqnfx\n" if needed else "",
+        imports="import aqnfx.ops  # registers torch.ops.aqnfx\n" if needed else "",
         inputs=", ".join(n for n in names if not n.endswith("mask")), first=called[0],
     )  # fmt: skip
     body = "".join(f"        {line}".rstrip() + "\n" for line in lines)

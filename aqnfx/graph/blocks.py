@@ -13,7 +13,6 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import COUNT, NOISE, PLAIN, is_switched
 from aqnfx.graph.operands import Place, role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
@@ -21,7 +20,10 @@ from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag, static_size
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.noise import with_keys
-from aqnfx.numerics.ops import MIX, NORMAL
+from aqnfx.ops.mix32 import MIX
+from aqnfx.ops.noise import NoiseCall
+from aqnfx.ops.normal import NORMAL
+from aqnfx.ops.table import is_counter, is_switched, operator_of, stands_for
 
 
 def number_blocks(program: Program) -> dict[Node, int]:
@@ -130,10 +132,10 @@ def _extract(
     stored: Mapping[Node, Sequence[tuple[Place, str]]],
 ) -> Block:  # fmt: skip
     inside = set(nodes)
-    gone = {n for n in nodes if (is_switched(n) or n.target is COUNT) and get_tag(n).site not in kept}
-    read = [n for node in nodes for n in (node.args[:1] if node in gone else node.all_input_nodes)]
+    gone = {n for n in nodes if (is_switched(n) or is_counter(n)) and get_tag(n).site not in kept}
+    read = [n for node in nodes for n in ([stands_for(node)] if node in gone else node.all_input_nodes)]
     # In order of first use: equal blocks then take their weights in the same order.
-    outer = dict.fromkeys(n for n in read if isinstance(n, Node) and n not in inside)
+    outer = dict.fromkeys(n for n in read if n is not None and n not in inside)
     crossing = [n for n in outer if n.op != "get_attr"]
     # Sizes are read off a tensor that crosses too: as integers of their own a compiler would take them for constants.
     sizes = {n: found for n in crossing if (found := _sized(n, crossing)) is not None}
@@ -141,7 +143,7 @@ def _extract(
 
     def read_on(value: Node) -> bool:
         """Return whether anything that stays reads ``value``, directly or past a node that is gone."""
-        return any(u in inside and (u not in gone or (is_switched(u) and u.args[0] is value and read_on(u))) for u in value.users)
+        return any(u in inside and (u not in gone or (stands_for(u) is value and read_on(u))) for u in value.users)
 
     wanted = [n for n in outer if n.op == "get_attr" and read_on(n)]
     live = [n for n in nodes if any(u not in inside for u in n.users)]
@@ -157,7 +159,7 @@ def _extract(
         copies[node].meta = dict(node.meta)
     for node in nodes:
         if node in gone:
-            if isinstance(source := node.args[0], Node) and is_switched(node):
+            if (source := stands_for(node)) is not None:
                 copies[node] = copies[source]
             continue
         copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -200,25 +202,28 @@ def lower(block: Block) -> Block:
 
     Sites of one shape share one call of ``aqnfx::row_keys``. The result has a fingerprint of its own.
     """
-    from aqnfx.numerics.lowerings import register  # loads Inductor
+    from aqnfx.ops.inductor import register  # loads Inductor
 
     register()
     graph = Graph()
     graph.output(graph.graph_copy(block.module.graph, {}))
-    groups: dict[tuple[Any, ...], list[Node]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Node, NoiseCall]]] = {}
     for node in graph.nodes:
-        if node.target is NOISE:
-            shape = node.args[0].meta["val"].shape
-            groups.setdefault((str(shape[:-1]), len(shape), node.args[6], node.args[3]), []).append(node)
-        elif node.target in PLAIN:
-            node.target = PLAIN[node.target]
-    for (_, _, batch, run), nodes in groups.items():
-        with graph.inserting_before(nodes[0]):
-            keys = graph.call_function(_group_keys, (nodes[0].args[0], batch, [n.args[2] for n in nodes], run))
-        for place, node in enumerate(nodes):
-            x, level, _, _, channels, cols, _, kind, channel_dim, *rest = node.args
+        if node.target is NoiseCall.target:
+            call = NoiseCall.of(node)
+            shape = call.x.meta["val"].shape
+            groups.setdefault((str(shape[:-1]), len(shape), call.batch, call.run), []).append((node, call))
+        elif (operator := operator_of(node)) is not None and operator.reference is not None:
+            node.target = operator.reference
+    for (_, _, batch, run), calls in groups.items():
+        first, before = calls[0]
+        with graph.inserting_before(first):
+            keys = graph.call_function(_group_keys, (before.x, batch, [call.key for _, call in calls], run))
+        for place, (node, call) in enumerate(calls):
             node.target = _inlined
-            node.args = (x, level, keys, place, channels, cols, kind, channel_dim, rest[1] if len(rest) > 1 else False)
+            node.args = (
+                call.x, call.level, keys, place, call.channels, call.cols, call.kind, call.channel_dim, call.keep_zeros,
+            )  # fmt: skip
     module = GraphModule(block.module, graph, class_name="Block")
     return dataclasses.replace(block, module=module, fingerprint=f"{block.fingerprint} lowered", lowered=True)
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
-from aqnfx.numerics.capture import clear
+from aqnfx.ops.capture import CaptureCall, clear
+from aqnfx.ops.capture_gradient import CaptureGradientCall
 
-CAPTURE = torch.ops.aqnfx.capture.default
-CAPTURE_GRADIENT = torch.ops.aqnfx.capture_gradient.default
-CAPTURING = (CAPTURE, CAPTURE_GRADIENT)
+CAPTURING = (CaptureCall.target, CaptureGradientCall.target)
 """The operators of capture nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureBuffers:
-    """Accumulators of a graph, see :func:`aqnfx.numerics.capture.accumulate` for their content.
+    """Accumulators of a graph, see :func:`aqnfx.ops.capture.accumulate` for their content.
 
     ``sites``: site id -> (``channels`` fp64 (5, C), ``totals`` fp64 (2,)), in execution order. ``masked``: the sites at
     which padded positions do not count. ``perturbation``: the declared one, "" for none. ``gradients``: site id ->
-    fp64 (3,), see :func:`aqnfx.numerics.capture.accumulate_gradient`.
+    fp64 (3,), see :func:`aqnfx.ops.capture_gradient.accumulate_gradient`.
     """
 
     sites: Mapping[str, tuple[Tensor, Tensor]]
@@ -37,18 +34,22 @@ class CaptureBuffers:
     @classmethod
     def of(cls, module: GraphModule) -> CaptureBuffers:
         """Collect the accumulators of ``module``; raises :class:`PassError` before ``insert-capture`` ran."""
-        found: dict[object, dict[str, Any]] = {target: {} for target in CAPTURING}
+        values: dict[str, CaptureCall] = {}
+        gradients: dict[str, CaptureGradientCall] = {}
         for node in module.graph.nodes:
-            if node.target in found:
-                found[node.target][str(get_tag(node).site)] = node
-        nodes, gradients = found[CAPTURE], found[CAPTURE_GRADIENT]
-        if not nodes and not gradients:
+            if node.target is CaptureCall.target:
+                values[str(get_tag(node).site)] = CaptureCall.of(node)
+            elif node.target is CaptureGradientCall.target:
+                gradients[str(get_tag(node).site)] = CaptureGradientCall.of(node)
+        if not values and not gradients:
             raise PassError("the program has no capture nodes; run the pass insert-capture first")
+        masks = [(site, call.mask) for site, call in values.items()]
+        masks += [(site, call.mask) for site, call in gradients.items() if site not in values]
         return cls(
-            sites={site: (constant(module, n.args[2]), constant(module, n.args[3])) for site, n in nodes.items()},
-            masked=frozenset(site for site, n in (nodes | gradients).items() if n.args[1] is not None),
-            perturbation=str(next(iter(nodes.values())).args[4]) if nodes else "",
-            gradients={site: constant(module, n.args[2]) for site, n in gradients.items()},
+            sites={site: (constant(module, c.channels), constant(module, c.totals)) for site, c in values.items()},
+            masked=frozenset(site for site, mask in masks if mask is not None),
+            perturbation=next(iter(values.values())).perturbation if values else "",
+            gradients={site: constant(module, call.gradients) for site, call in gradients.items()},
         )
 
     def reset(self) -> None:

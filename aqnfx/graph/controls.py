@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,29 +17,11 @@ from aqnfx.errors import InputError, PassError
 from aqnfx.graph.edit import BUFFER_PREFIX, control_buffer, insert_after
 from aqnfx.graph.operands import places
 from aqnfx.graph.tags import constant, get_tag
-from aqnfx.numerics.accumulation import accumulate_reference
-from aqnfx.numerics.fake_quant import fake_quant_reference
 from aqnfx.numerics.noise import as_int32
-from aqnfx.numerics.ops import count_reference
+from aqnfx.ops.count import CountCall
 
 Phases = Literal["forward", "backward", "both"]
 PHASES: tuple[Phases, ...] = get_args(Phases)
-NOISE = torch.ops.aqnfx.noise.default
-COUNT = torch.ops.aqnfx.count.default
-FAKE_QUANT = torch.ops.aqnfx.fake_quant.default
-ACCUMULATE = torch.ops.aqnfx.accumulate.default
-
-
-PLAIN: Mapping[Any, Callable[..., Any]] = {
-    FAKE_QUANT: fake_quant_reference, ACCUMULATE: accumulate_reference, COUNT: count_reference,
-}  # fmt: skip
-"""What operators mean in plain operations with the same arguments; noise has arguments of its own in each lowering."""
-
-
-def is_switched(node: Node) -> bool:
-    """Return whether the node perturbs its first argument by as much as a control buffer says."""
-    return node.target is NOISE or (node.target in (FAKE_QUANT, ACCUMULATE) and node.args[1] is not None)
-
 
 def stem_of(site: str) -> str:
     """Return how the names of a site's control buffers begin, without the prefix of all buffers."""
@@ -70,7 +52,7 @@ def add_switch(module: GraphModule, site: str, level: Tensor, *, inserted_by: st
 
 def count_after(node: Node, site: str, switch: tuple[Node, Node], *, inserted_by: str) -> None:
     """Insert the counter of a site, as :func:`add_switch` returned it, behind the ``node`` that perturbs there."""
-    insert_after(node, COUNT, switch, inserted_by=inserted_by, site=site, reroute=False)
+    insert_after(node, CountCall.target, switch, inserted_by=inserted_by, site=site, reroute=False)
 
 
 def device_of(module: GraphModule) -> torch.device:

@@ -90,7 +90,7 @@ def erase_inserted(module: GraphModule) -> int:
     for node in reversed(list(graph.nodes)):
         if get_tag(node).inserted_by is None:
             continue
-        if node.users:
+        if node.users:  # the value whose place it took is its first argument: that is how it was inserted
             node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
         erased += 1

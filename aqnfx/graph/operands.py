@@ -18,6 +18,7 @@ from aqnfx.graph.composites import is_move, users
 from aqnfx.graph.opkinds import OpKind, base_name, channel_dim
 from aqnfx.graph.sites import OPERANDS, Role, Site
 from aqnfx.graph.tags import get_tag, is_float, is_ours, site_of, size_text, static_size, tensor_value
+from aqnfx.ops.table import stands_for
 
 PRODUCTS = frozenset({
     OpKind.LINEAR, OpKind.MATMUL, OpKind.BMM, OpKind.SDPA, OpKind.EMBEDDING, OpKind.CONV, OpKind.GROUPED_MM,
@@ -187,7 +188,7 @@ def read_as_returned(places: Mapping[str, Place]) -> dict[str, str]:
 def _replaced(node: Node) -> Node | None:
     """Return the value that an inserted node took the place of; ``lower-ops`` makes of one node many, all of its site."""
     if is_ours(node):
-        return node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        return stands_for(node)
     site, seen, ahead = get_tag(node).site, {node}, [node]
     while ahead:
         for found in ahead.pop().all_input_nodes:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
-from aqnfx.numerics.scan import new_buffers
-
-SCAN = torch.ops.aqnfx.scan.default
+from aqnfx.ops.scan import ScanCall, new_buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanBuffers:
-    """Accumulators of a graph by site, see :func:`aqnfx.numerics.scan.new_buffers`, and the names of the formats."""
+    """Accumulators of a graph by site, see :func:`aqnfx.ops.scan.new_buffers`, and the names of the formats."""
 
     sites: Mapping[str, Mapping[str, Tensor]]
     formats: tuple[str, ...]
@@ -26,15 +23,13 @@ class ScanBuffers:
     @classmethod
     def of(cls, module: GraphModule) -> ScanBuffers:
         """Collect the accumulators of ``module``; raises :class:`PassError` before ``insert-scan`` ran."""
-        nodes = [node for node in module.graph.nodes if node.target is SCAN]
-        if not nodes:
+        calls = {str(get_tag(n).site): ScanCall.of(n) for n in module.graph.nodes if n.target is ScanCall.target}
+        if not calls:
             raise PassError("the program has no scan nodes; run the pass insert-scan first")
-        names = ("sums", "moments", "extremes", "magnitude")
         sites = {
-            str(get_tag(node).site): {name: constant(module, arg) for name, arg in zip(names, node.args[2:6], strict=True)}
-            for node in nodes
+            site: {name: constant(module, node) for name, node in call.accumulators.items()} for site, call in calls.items()
         }
-        return cls(sites=sites, formats=tuple(str(nodes[0].args[6]).split("|")))
+        return cls(sites=sites, formats=tuple(next(iter(calls.values())).formats.split("|")))
 
     def reset(self) -> None:
         """Forget what was counted."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import aqnfx.numerics.score
-import aqnfx.numerics.score_weight  # noqa: F401  (both register the operators)
 from aqnfx.errors import PassError
 from aqnfx.graph.tags import constant, get_tag
+from aqnfx.ops.score import ScoreCall
+from aqnfx.ops.score_weight import ScoreWeightCall
 
-SCORING = (torch.ops.aqnfx.score.default, torch.ops.aqnfx.score_weight.default)
-"""The operators of score nodes; their first eleven arguments are the same, and the sixteenth."""
-_ELEMENTS = 15
+SCORING = (ScoreCall.target, ScoreWeightCall.target)
+"""The operators of score nodes."""
 
 
 def is_parameter_row(name: str) -> bool:
@@ -24,13 +22,13 @@ def is_parameter_row(name: str) -> bool:
     return name.endswith(":weight") and name.count(":") == 1
 
 
-def _has_elements(node: Node) -> bool:
-    return len(node.args) > _ELEMENTS and node.args[_ELEMENTS] is not None
+def _call(node: Node) -> ScoreCall | ScoreWeightCall:
+    return ScoreCall.of(node) if node.target is ScoreCall.target else ScoreWeightCall.of(node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreBuffers:
-    """Accumulators of a graph, see :func:`aqnfx.numerics.score.accumulate` for their shapes.
+    """Accumulators of a graph, see :func:`aqnfx.ops.score.accumulate` for their shapes.
 
     ``rows`` gives the row of each site and, as ``NAME:weight``, of each parameter; ``channels`` those that have them.
     ``shared``: the sites and parameters whose values belong to no sample; a batch's sum stands at its first sample.
@@ -50,20 +48,19 @@ class ScoreBuffers:
     @classmethod
     def of(cls, module: GraphModule) -> ScoreBuffers:
         """Collect the accumulators of ``module``; raises :class:`PassError` before ``insert-score`` ran."""
-        nodes = [n for n in module.graph.nodes if n.target in SCORING]
-        if not nodes:
+        calls = [(str(get_tag(n).site), _call(n)) for n in module.graph.nodes if n.target in SCORING]
+        if not calls:
             raise PassError("the program has no score nodes; run the pass insert-score first")
-        sites = [str(get_tag(n).site) for n in nodes]
-        first = nodes[0].args
+        first = calls[0][1]
         return cls(
-            rows={site: int(n.args[7]) for site, n in zip(sites, nodes, strict=True)},
-            kind=str(next((n.args[9] for n in nodes if not is_parameter_row(str(get_tag(n).site))), first[9])),
-            perturbations=max((tuple(n.args[10]) for n in nodes), key=len),
-            run=constant(module, first[2]), hits=constant(module, first[3]), sequences=constant(module, first[4]),
-            sketch=None if first[6] is None else constant(module, first[6]),
-            elements=next((constant(module, n.args[_ELEMENTS]) for n in nodes if _has_elements(n)), None),
-            channels={s: constant(module, n.args[5]) for s, n in zip(sites, nodes, strict=True) if n.args[5] is not None},
-            shared=frozenset(s for s, n in zip(sites, nodes, strict=True) if n.args[8] == 0),
+            rows={site: call.index for site, call in calls},
+            kind=next((call.kind for site, call in calls if not is_parameter_row(site)), first.kind),
+            perturbations=max((tuple(call.perturbations) for _, call in calls), key=len),
+            run=constant(module, first.run), hits=constant(module, first.hits), sequences=constant(module, first.sequences),
+            sketch=None if first.sketch is None else constant(module, first.sketch),
+            elements=next((constant(module, call.elements) for _, call in calls if call.elements is not None), None),
+            channels={site: constant(module, call.channels) for site, call in calls if call.channels is not None},
+            shared=frozenset(site for site, call in calls if call.batch == 0),
         )  # fmt: skip
 
     def reset(self) -> None:

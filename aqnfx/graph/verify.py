@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch.fx import GraphModule, Node
 
-import aqnfx.numerics.score  # noqa: F401  (registers the operator; the others are those of controls)
 from aqnfx.errors import VerificationError
-from aqnfx.graph.controls import is_switched
 from aqnfx.graph.functional import is_in_place
 from aqnfx.graph.operands import role_of
 from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.render import target_name
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import constant, get_tag, is_float, is_ours, module_stack, site_of, tensor_value
+from aqnfx.ops.table import is_switched, stands_for
 
 Finding = tuple[Node, str]
 Rule = Callable[[GraphModule], Iterator[Finding]]
@@ -42,29 +40,24 @@ def _values_known(module: GraphModule) -> Iterator[Finding]:
             yield node, "has users and no known value (meta['val'])"
 
 
-def _stands_for_its_input(node: Node) -> bool:
-    return node.target in (
-        torch.ops.aqnfx.noise.default, torch.ops.aqnfx.score.default, torch.ops.aqnfx.fake_quant.default,
-        torch.ops.aqnfx.accumulate.default,
-    )  # fmt: skip
-
-
 def _inserted_keep_shape(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        if get_tag(node).inserted_by is None or not _stands_for_its_input(node):
+        value = stands_for(node)
+        if get_tag(node).inserted_by is None or value is None:
             continue
-        before, after = tensor_value(node.args[0]), tensor_value(node)
+        before, after = tensor_value(value), tensor_value(node)
         if before is None or after is None or before.dtype != after.dtype or before.dim() != after.dim():
             yield node, "does not keep shape and dtype of the value that it replaces"
 
 
 def _inserted_not_bypassed(module: GraphModule) -> Iterator[Finding]:
     for node in module.graph.nodes:
-        if not _stands_for_its_input(node) or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
+        value = stands_for(node)
+        if value is None or role_of(str(get_tag(node).site)) is not Role.OUTPUT:
             continue  # an operand is one reader's: the others read on
-        others = [u for u in node.args[0].users if u is not node and get_tag(u).inserted_by is None]
+        others = [u for u in value.users if u is not node and get_tag(u).inserted_by is None]
         if others:
-            yield node, f"is bypassed: {others[0].name} still uses {node.args[0].name} directly"
+            yield node, f"is bypassed: {others[0].name} still uses {value.name} directly"
 
 
 def _inserted_have_provenance(module: GraphModule) -> Iterator[Finding]:

@@ -13,7 +13,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
 from torch.fx import Graph, GraphModule, Node, graph_module
 
-from aqnfx.graph.controls import COUNT, is_switched
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
@@ -21,6 +20,7 @@ from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import constant, get_tag, is_ours
 from aqnfx.live.eager_noise import draw_together
 from aqnfx.live.lowering import Lowered, with_regions
+from aqnfx.ops.table import is_counter, is_switched, stands_for
 
 Control = tuple[str, Tensor, Site | None]
 KEPT = 64
@@ -60,7 +60,7 @@ class Code:
         """Make the code of a rewritten graph, whose inputs at capture were ``examples``, for the backend ``inner``."""
         module = rewritten.module
         for node in reversed(list(module.graph.nodes)):
-            if node.target is COUNT:  # calls are counted on the host: a counter written in a graph costs a kernel
+            if is_counter(node):  # calls are counted on the host: a counter written in a graph costs a kernel
                 module.graph.erase_node(node)
         module.graph.eliminate_dead_code()
         known = {site.id: site for site in rewritten.all_sites}
@@ -127,7 +127,7 @@ class Code:
                 new._dynamo_source = old._dynamo_source
         for node in reversed(list(graph.nodes)):
             if is_switched(node) and str(get_tag(node).site) not in active:
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(stands_for(node))  # a switched operator stands for its input
                 graph.erase_node(node)
         unused = []
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from aqnfx.graph.controls import NOISE
-from aqnfx.live.noise_calls import TOGETHER, NoiseCall, groups
+from aqnfx.live.noise_calls import TOGETHER, groups
 from aqnfx.numerics.noise import NoiseKind, along, draws_for, host_row_keys, perturb, row_keys
+from aqnfx.ops.noise import NoiseCall
 
 
 def draw_together(module: GraphModule) -> None:
     """Let sites whose values have one shape share a call for their draws; results are the same bit for bit."""
     graph = module.graph
-    for nodes in groups([node for node in graph.nodes if node.target is NOISE]):
+    for nodes in groups([node for node in graph.nodes if node.target is NoiseCall.target]):
         calls = [NoiseCall.of(node) for node in nodes]
         first = calls[0]
         if len(nodes) < 2 or first.kind == NoiseKind.BIAS:
@@ -54,6 +54,8 @@ def noisy(
     """Return ``aqnfx::noise`` of all but the first two arguments, from draw number ``place`` where there are draws."""
     # Asked again: a graph may switch gradients on after the draws, and to autograd noise is a constant.
     if drawn is None or torch.is_grad_enabled():
-        found: Tensor = NOISE(x, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros, compiled)
+        found: Tensor = NoiseCall.target(
+            x, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros, compiled
+        )
         return found
     return perturb(x, level[phase], drawn[place], along(channels, channel_dim, x), kind, keep_zeros)

@@ -15,13 +15,15 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from aqnfx.graph.controls import NOISE
 from aqnfx.graph.expand import Traces, traced
 from aqnfx.live import noise_calls
-from aqnfx.live.noise_calls import NoiseCall, groups
-from aqnfx.numerics import lowerings, noise
+from aqnfx.live.noise_calls import groups, in_one_place
+from aqnfx.numerics import noise
 from aqnfx.numerics.noise import NoiseKind
-from aqnfx.numerics.ops import MIX, NORMAL
+from aqnfx.ops import inductor
+from aqnfx.ops.mix32 import MIX
+from aqnfx.ops.noise import NoiseCall
+from aqnfx.ops.normal import NORMAL
 
 
 class InlineNoise(CustomGraphPass):
@@ -34,11 +36,11 @@ class InlineNoise(CustomGraphPass):
 
     def uuid(self) -> Any | None:
         """Return what the code of this pass is known by in Inductor's cache."""
-        return get_hash_for_files((__file__, noise_calls.__file__, lowerings.__file__, noise.__file__))
+        return get_hash_for_files((__file__, noise_calls.__file__, inductor.__file__, noise.__file__))
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
-        nodes = [node for node in graph.nodes if node.target is NOISE and NoiseCall.of(node).in_one_place]
+        nodes = [n for n in graph.nodes if n.target is NoiseCall.target and in_one_place(NoiseCall.of(n))]
         mode, traces = detect_fake_mode([node.meta["val"] for node in nodes]), Traces()
         if not nodes or mode is None:
             return
@@ -108,7 +110,7 @@ def compile_inlined(module: GraphModule, examples: Sequence[Any]) -> Callable[..
         return cast(Callable[..., Any], made)
     if known is not None:  # the user's own passes run before
         own = [*(known if isinstance(known, (list, tuple)) else (known,)), own]
-    lowerings.register()
+    inductor.register()
     # As a patch, so that it also holds for the backward part, which is compiled when it is first run.
     patch = {"post_grad_custom_pre_pass": own}
     made = compile_fx(module, list(examples), config_patches=patch)

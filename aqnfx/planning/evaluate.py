@@ -14,13 +14,13 @@ from torch.fx import Node
 from aqnfx.errors import ProbeError
 from aqnfx.graph.assignments import Assignment, assigned_sites
 from aqnfx.graph.blocks import Block, cut
-from aqnfx.graph.controls import is_switched
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import attribute, constant, get_tag
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
+from aqnfx.ops.table import level_of
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch
 from aqnfx.probes.replay import BlockReplay
@@ -211,8 +211,8 @@ class Evaluator:
 
         Raises :class:`ProbeError` for a program whose noise, or formats with a level, are on: blocks are run without them.
         """
-        switched = (node for node in program.graph.nodes if is_switched(node))
-        if on := next((node for node in switched if bool((constant(program.module, node.args[1]) != 0).any())), None):
+        switched = ((node, level) for node in program.graph.nodes if (level := level_of(node)) is not None)
+        if on := next((node for node, level in switched if bool((constant(program.module, level) != 0).any())), None):
             raise ProbeError(f"{get_tag(on).site} has noise, or a format with a level, that is on; plans are measured without")
         if not program.ran("partition-blocks"):
             program = Pipeline.parse("partition-blocks")(program)

@@ -13,7 +13,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.scans import ScanBuffers
 from aqnfx.graph.sites import Site
 from aqnfx.numerics.format_stats import error_record
-from aqnfx.numerics.scan import COUNT, facts
+from aqnfx.ops.scan import COUNT, facts
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteScan:
     """What one site held: ``formats``, name -> :func:`~aqnfx.numerics.format_stats.error_record`, and
-    :func:`~aqnfx.numerics.scan.facts` of its values.
+    :func:`~aqnfx.ops.scan.facts` of its values.
     """
 
     site: Site

@@ -19,18 +19,8 @@ from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.opkinds import may_be_infinite
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
-from aqnfx.numerics.capture import (
-    COUNT,
-    GRADIENT_COUNT,
-    GRADIENT_MAGNITUDE,
-    GRADIENT_SQUARE,
-    LARGEST,
-    MAGNITUDE,
-    NOISE,
-    SMALLEST,
-    SQUARE,
-    ZEROS,
-)
+from aqnfx.ops.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS
+from aqnfx.ops.capture_gradient import GRADIENT_COUNT, GRADIENT_MAGNITUDE, GRADIENT_SQUARE
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
 
@@ -43,7 +33,7 @@ CRITICAL, HIGH, MODERATE = 50.0, 20.0, 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteCapture:
-    """What one site accumulated: ``channels`` fp64 (5, C) and ``totals`` fp64 (2,) as in ``numerics.capture``.
+    """What one site accumulated: ``channels`` fp64 (5, C) and ``totals`` fp64 (2,) as in :mod:`aqnfx.ops.capture`.
 
     ``masked``: padded positions were left out.
     """

@@ -27,7 +27,7 @@ from aqnfx.graph.scores import ScoreBuffers, is_parameter_row
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag
 from aqnfx.numerics.perturbations import BIAS
-from aqnfx.numerics.score import RANDOM
+from aqnfx.ops.score import RANDOM
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward

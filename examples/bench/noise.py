@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from common import finish, interleaved, ratio
 
-import aqnfx.numerics.ops  # noqa: F401  (registers aqnfx::noise)
+import aqnfx.ops  # noqa: F401  (registers aqnfx::noise)
 from aqnfx.numerics.noise import columns, noise_reference
 
 SHAPES = ((32, 128, 352), (32, 128, 128), (32, 4, 128, 128))

@@ -16,9 +16,9 @@ from aqnfx.live import noise_calls
 from aqnfx.live.backend import Backend
 from aqnfx.live.inline_noise import InlineNoise, compile_inlined
 from aqnfx.live.instrument import instrument
-from aqnfx.numerics.lowerings import register
 from aqnfx.numerics.noise import NoiseKind, mix32, normal_of
-from aqnfx.numerics.ops import NORMAL
+from aqnfx.ops.inductor import register
+from aqnfx.ops.normal import NORMAL
 from tests.live.small import Tiny, batch, gradients
 
 NOISE = torch.ops.aqnfx.noise

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.errors import InputError, PassError, SelectorError
-from aqnfx.numerics.accumulation import accumulated_product
+from aqnfx.ops.accumulate import accumulated_product
 from aqnfx.passes.pipeline import Pipeline
 from tests.families import build, inputs
 from tests.graph.small import generator

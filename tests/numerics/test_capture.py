@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from aqnfx.errors import InputError
-from aqnfx.numerics import capture as module
-from aqnfx.numerics.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS, clear, new_buffers
 from aqnfx.numerics.perturbations import perturbation
+from aqnfx.ops import capture as module
+from aqnfx.ops.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS, clear, new_buffers
 from tests.graph.small import generator
 
 

@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aqnfx.numerics.capture import accumulate as capture
-from aqnfx.numerics.capture import accumulate_gradient
 from aqnfx.numerics.noise import NoiseKind, columns
-from aqnfx.numerics.ops import noise
-from aqnfx.numerics.score import accumulate as score
+from aqnfx.ops.capture import accumulate as capture
+from aqnfx.ops.capture_gradient import accumulate_gradient
+from aqnfx.ops.noise import noise
+from aqnfx.ops.score import accumulate as score
 
 FAR = "meta"
 

@@ -23,7 +23,7 @@ from aqnfx.numerics.noise import (
     row_keys,
     standard_normal,
 )
-from aqnfx.numerics.ops import noise
+from aqnfx.ops.noise import noise
 
 KINDS = list(NoiseKind)
 GAUSSIAN = NoiseKind.ABSOLUTE_GAUSSIAN

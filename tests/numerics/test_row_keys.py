@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aqnfx.numerics.noise import host_row_keys, row_keys
-from aqnfx.numerics.ops import site_row_keys
+from aqnfx.ops.row_keys import site_row_keys
 
 KEYS = [torch.tensor([value], dtype=torch.int32) for value in (7, -3, 2**31 - 1)]
 

@@ -12,7 +12,8 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import get_tag
-from aqnfx.numerics.capture import COUNT, GRADIENT_SQUARE, LARGEST, SMALLEST, new_buffers
+from aqnfx.ops.capture import COUNT, LARGEST, SMALLEST, new_buffers
+from aqnfx.ops.capture_gradient import GRADIENT_SQUARE
 from aqnfx.passes.pipeline import Pipeline
 from tests.families import build, inputs
 from tests.graph.small import Stack, generator, stack, traced

@@ -23,8 +23,8 @@ from aqnfx.graph.controls import FAKE_QUANT
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import attribute
-from aqnfx.numerics.fake_quant import fake_quant
 from aqnfx.numerics.formats import parse_format, quantize
+from aqnfx.ops.fake_quant import fake_quant
 from aqnfx.passes.decompose_attention import attention
 from aqnfx.passes.lower_ops import LowerOps
 from aqnfx.passes.pipeline import Pipeline

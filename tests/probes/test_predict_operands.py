@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.errors import PassError
-from aqnfx.numerics import score, score_weight
 from aqnfx.numerics.perturbations import perturbation
+from aqnfx.ops import score, score_weight
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
 from aqnfx.probes.data import make_batches

@@ -15,7 +15,8 @@ from torch._inductor.lowering import make_pointwise, register_lowering
 from torch._inductor.virtualized import ops
 
 from aqnfx.numerics.noise import EXPONENT, LOG, MIX_1, MIX_2, SIN, TWO_THIRDS
-from aqnfx.numerics.ops import MIX, NORMAL
+from aqnfx.ops.mix32 import MIX
+from aqnfx.ops.normal import NORMAL
 
 
 def _int(value: int) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from aqnfx.numerics.formats import parse_format, quantize, unmasked
-from aqnfx.numerics.switch import blend, is_off, placed
+from aqnfx.ops.call import Call
+from aqnfx.ops.switch import blend, is_off, placed
 
 
 def fake_quant_reference(
@@ -17,7 +20,7 @@ def fake_quant_reference(
 ) -> Tensor:  # fmt: skip
     """Return ``x`` stored in ``format`` ("": as it is), in plain operations: what the operator means, for ``lower-ops``.
 
-    ``level`` fp32 (2,), forward and backward, see :func:`~aqnfx.numerics.switch.blend`. ``low`` and ``high``, scalars: the
+    ``level`` fp32 (2,), forward and backward, see :func:`~aqnfx.ops.switch.blend`. ``low`` and ``high``, scalars: the
     fixed range of a static scale, see :func:`~aqnfx.numerics.formats.quantize`, as for ``dim`` and ``channel_dim``.
     ``masked``: what a mask has put there (:func:`~aqnfx.numerics.formats.unmasked`) passes through and takes no part in any
     scale.
@@ -81,3 +84,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 fake_quant.register_autograd(_backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeQuantCall(Call):
+    """The arguments of :func:`fake_quant`."""
+
+    target: ClassVar[Any] = torch.ops.aqnfx.fake_quant.default
+    x: Node
+    level: Node | None
+    low: Node | None
+    high: Node | None
+    format: str
+    gradient: str = ""
+    dim: int = -1
+    channel_dim: int = -1
+    masked: bool = False

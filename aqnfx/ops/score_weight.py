@@ -7,13 +7,15 @@ perturbations: Σ G·δ is what the output's gradient says of the change that δ
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from aqnfx.numerics.perturbations import perturbation
-from aqnfx.numerics.score import RANDOM, scaled_gradient
+from aqnfx.ops.score import RANDOM, ScoringCall, scaled_gradient
 
 _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 
@@ -33,7 +35,7 @@ def accumulate_weight(
 
     ``x`` (…, in), ``grad`` (…, out) and a ``weight`` of two dimensions, (out, in), or (in, out) where ``dim``, the
     dimension that is summed over, is the first. ``table`` is what :func:`changes` returns for it. The accumulators,
-    ``kind`` and ``batch`` are those of :func:`aqnfx.numerics.score.accumulate`.
+    ``kind`` and ``batch`` are those of :func:`aqnfx.ops.score.accumulate`.
     """
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
@@ -87,7 +89,6 @@ class _ScoreWeight(torch.autograd.Function):
 
 
 _LIBRARY = torch.library.Library("aqnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
-# The first eleven arguments are those of aqnfx::score, so that both are read alike.
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "score_weight(Tensor y, Tensor anchor, Tensor run, Tensor hits, Tensor sequences, Tensor? channels, Tensor? sketch, "
     "int index, SymInt batch, str kind, str[] perturbations, Tensor x, Tensor weight, int dim=-1, int channel_dim=0, "
@@ -111,3 +112,16 @@ def score_weight(
         elements,
     )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreWeightCall(ScoringCall):
+    """The arguments of :func:`score_weight`."""
+
+    target: ClassVar[Any] = torch.ops.aqnfx.score_weight.default
+    x: Node
+    weight: Node
+    dim: int = -1
+    channel_dim: int = 0
+    elements: Node | None = None
+    keep: bool = False

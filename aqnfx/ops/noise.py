@@ -1,16 +1,21 @@
-"""The operators that passes insert: ``aqnfx::noise`` and ``aqnfx::count``, registered with ``torch.library``."""
+"""``aqnfx::noise``: a value with controlled noise, and its gradient on the way back."""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from aqnfx.numerics.noise import columns, draws, host_row_keys, mix32, normal_of, perturb, row_keys, with_keys
+from aqnfx.numerics.noise import columns, draws, host_row_keys, noise_reference, perturb, row_keys, with_keys
+from aqnfx.ops.call import Call
+from aqnfx.ops.mix32 import MIX
+from aqnfx.ops.normal import NORMAL
 
 
 @functools.cache
@@ -20,7 +25,7 @@ def _compiled_perturb(variant: tuple[Any, ...]) -> Callable[..., Tensor]:
     A copy of the code object for each: Dynamo counts recompilations per code object and gives up after a few, and a
     process that measures several models needs more than those few kernels.
     """
-    from aqnfx.numerics.lowerings import register  # loads Inductor
+    from aqnfx.ops.inductor import register  # loads Inductor
 
     register()
     copy = types.FunctionType(_perturb_rows.__code__.replace(), _perturb_rows.__globals__, "perturb_rows")
@@ -94,63 +99,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 noise.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("aqnfx::row_keys", mutates_args=())
-def site_row_keys(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run: Tensor, phase: int) -> Tensor:
-    r"""Return the row keys of several sites of one ``shape``, int32 (K, \*shape[:-1]): for compilers, computed once.
-
-    Inlined they would be computed anew for every element that they are broadcast over, which also takes a compiler
-    minutes. See :func:`aqnfx.numerics.noise.row_keys`.
-    """
-    whole = tuple(shape)
-    if run.device.type == "cpu":
-        found = host_row_keys(whole, batch, torch.cat(list(keys)), run, phase)
-    else:
-        found = torch.stack([row_keys(whole, batch, key, run, phase) for key in keys])
-    return found.reshape(len(keys), *(whole[:-1] if len(whole) > 1 else (1,)))
+def noise_plain(
+    x: Tensor, level: Tensor, key: Tensor, run: Tensor, channels: Tensor | None, cols: Tensor | None,
+    batch: int, kind: str, channel_dim: int = -1, phase: int = 0, keep_zeros: bool = False, compiled: bool = False,
+) -> Tensor:  # fmt: skip
+    """What ``aqnfx::noise`` means in plain operations; ``compiled`` says how and not what, so it is not used."""
+    return noise_reference(x, level, key, run, channels, cols, batch, kind, channel_dim, phase, keep_zeros)
 
 
-@site_row_keys.register_fake
-def _(shape: Sequence[int], batch: int, keys: Sequence[Tensor], run: Tensor, phase: int) -> Tensor:
-    rows = tuple(shape)[:-1] if len(shape) > 1 else (1,)
-    return run.new_empty((len(keys), *rows))
+@dataclass(frozen=True, slots=True)
+class NoiseCall(Call):
+    """The arguments of :func:`noise`; see :func:`aqnfx.numerics.noise.noise_reference`."""
 
-
-@torch.library.custom_op("aqnfx::mix32", mutates_args=())
-def mix(x: Tensor) -> Tensor:
-    """Return :func:`aqnfx.numerics.noise.mix32`, for compilers as one operation."""
-    return mix32(x)
-
-
-@torch.library.custom_op("aqnfx::normal", mutates_args=())
-def normal(bits: Tensor) -> Tensor:
-    """Return :func:`aqnfx.numerics.noise.normal_of`, fp32, for compilers as one operation."""
-    return normal_of(bits)
-
-
-@mix.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@normal.register_fake
-def _(bits: Tensor) -> Tensor:
-    return torch.empty_like(bits, dtype=torch.float32)
-
-
-MIX, NORMAL = torch.ops.aqnfx.mix32.default, torch.ops.aqnfx.normal.default
-
-
-@torch.library.custom_op("aqnfx::count", mutates_args=("hits",))
-def count(level: Tensor, hits: Tensor) -> None:
-    """Add 1 to ``hits`` (int64, (1,)) where the forward level is not 0: the injection counter of a site."""
-    hits.add_((level[0] != 0).to(hits.dtype))
-
-
-@count.register_fake
-def _(level: Tensor, hits: Tensor) -> None:
-    return None
-
-
-def count_reference(level: Tensor, hits: Tensor) -> Tensor:
-    """What ``aqnfx::count`` means in plain operations; returns the updated ``hits``."""
-    return hits.add_((level[0] != 0).to(hits.dtype))
+    target: ClassVar[Any] = torch.ops.aqnfx.noise.default
+    x: Node
+    level: Node
+    key: Node
+    run: Node
+    channels: Node | None
+    cols: Node | None
+    batch: Any
+    kind: str
+    channel_dim: int = -1
+    phase: int = 0
+    keep_zeros: bool = False
+    compiled: bool = False

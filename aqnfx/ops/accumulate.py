@@ -7,14 +7,17 @@ of a dot product hardly grows with its length; with a short accumulator small te
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from aqnfx.errors import InputError
 from aqnfx.numerics.formats import BF16, FP16, FloatElement, round_element
-from aqnfx.numerics.switch import blend, is_off, placed
+from aqnfx.ops.call import Call
+from aqnfx.ops.switch import blend, is_off, placed
 
 ACCUMULATORS: dict[str, FloatElement] = {"fp16": FP16, "bf16": BF16}
 
@@ -44,7 +47,7 @@ def accumulate_reference(
 ) -> Tensor:  # fmt: skip
     """Return the product ``y`` = x·weight + bias as a short accumulator gives it, in plain tensor operations.
 
-    ``level`` is a factor on the error, see :func:`~aqnfx.numerics.switch.blend`.
+    ``level`` is a factor on the error, see :func:`~aqnfx.ops.switch.blend`.
     """
     found = accumulated_product(x, weight, element, every, transposed=transposed)
     if bias is not None:
@@ -77,3 +80,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 accumulate.register_autograd(_backward, setup_context=_setup_context)
+
+
+@dataclass(frozen=True, slots=True)
+class AccumulateCall(Call):
+    """The arguments of :func:`accumulate`."""
+
+    target: ClassVar[Any] = torch.ops.aqnfx.accumulate.default
+    y: Node
+    level: Node | None
+    x: Node
+    weight: Node
+    bias: Node | None
+    element: str
+    every: int
+    transposed: bool = False
+
+    def cannot_be_lowered(self) -> str:
+        """Return why the sum cannot be written out, "" where it can: it has one step per group, so a fixed number of them."""
+        value = self.x.meta.get("val")
+        size = value.shape[-1] if isinstance(value, Tensor) else None
+        if isinstance(size, torch.SymInt):
+            size = size.node.maybe_as_int()
+        if size is not None:
+            return ""
+        return (
+            "sums over a dimension of open length, which cannot be written out in steps; leave it out of insert-accumulation, or "
+            "run without lower-ops"
+        )

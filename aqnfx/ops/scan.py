@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from aqnfx.numerics.capture import dropped_rows
 from aqnfx.numerics.format_stats import ERROR_SUMS, format_sums, kurtosis, outlier_ratio
 from aqnfx.numerics.formats import parse_format
+from aqnfx.ops.call import Call
+from aqnfx.ops.capture import dropped_rows
 
 COUNT = 0
 """Entry of the buffer ``moments`` that counts values; Σx to Σx⁴ follow."""
@@ -72,6 +75,27 @@ def scan(
 @scan.register_fake
 def _(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class ScanCall(Call):
+    """The arguments of :func:`scan`."""
+
+    target: ClassVar[Any] = torch.ops.aqnfx.scan.default
+    x: Node
+    mask: Node | None
+    sums: Node
+    moments: Node
+    extremes: Node
+    magnitude: Node
+    formats: str
+    dim: int = -1
+    channel_dim: int = -1
+
+    @property
+    def accumulators(self) -> dict[str, Node]:
+        """The accumulators by their names, as :func:`new_buffers` makes them."""
+        return {"sums": self.sums, "moments": self.moments, "extremes": self.extremes, "magnitude": self.magnitude}
 
 
 def facts(moments: Tensor, extremes: Tensor, magnitude: Tensor) -> dict[str, Any]:

@@ -8,17 +8,20 @@ perturbation δ costs half of (Σ g·δ)²: the second-order expansion of KL wit
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnfx.numerics.formats import unmasked
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import perturbation
+from aqnfx.ops.call import Call
 
 RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
 """The kinds of noise that differ from draw to draw; everything else is a declared perturbation."""
@@ -187,3 +190,32 @@ def score(
         masked, dim, elements, changes,
     )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringCall(Call):
+    """What all operators that score have in common: their first eleven arguments."""
+
+    y: Node
+    anchor: Node
+    run: Node
+    hits: Node
+    sequences: Node
+    channels: Node | None
+    sketch: Node | None
+    index: int
+    batch: Any
+    kind: str
+    perturbations: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCall(ScoringCall):
+    """The arguments of :func:`score`."""
+
+    target: ClassVar[Any] = torch.ops.aqnfx.score.default
+    channel_dim: int = -1
+    keep_zeros: bool = False
+    masked: bool = False
+    dim: int = -1
+    elements: Node | None = None
