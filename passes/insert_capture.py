@@ -14,7 +14,7 @@ from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.program import Program
 from aqnfx.graph.samples import attention_mask, covers
 from aqnfx.graph.tags import static_size, tensor_value
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops.capture import CaptureCall, new_buffers
 from aqnfx.ops.capture_gradient import CaptureGradientCall
 from aqnfx.passes.base import Pass, select_or_raise
@@ -24,7 +24,7 @@ from aqnfx.passes.base import Pass, select_or_raise
 class InsertCapture(Pass):
     """Put one ``aqnfx::capture`` node behind every site that ``where`` selects, with accumulators of its own.
 
-    ``perturb`` names the declared perturbation (:func:`~aqnfx.numerics.perturbations.perturbation`) whose Σδ² is
+    ``perturb`` names the declared perturbation (:func:`~aqnfx.numerics.perturbations.declared_change`) whose Σδ² is
     accumulated for the SQNR, "" none. Statistics are per channel of the last dimension (after a convolution of the
     second) where its size is fixed, else of all elements together. Positions with an ``attention_mask`` of 0 do not
     count where a site begins with the sizes (batch, sequence) of that input or of ``input_ids``, or with their
@@ -47,7 +47,7 @@ class InsertCapture(Pass):
     def requires(self, program: Program) -> None:
         """Check the options before anything is copied."""
         if self.perturb:
-            perturbation(self.perturb)
+            declared_change(self.perturb)
         if not (self.values or self.gradients):
             raise PassError(f"{self.name}: values=false leaves nothing to capture; add gradients=true")
         if program.ran("lower-ops"):

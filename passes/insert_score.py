@@ -19,10 +19,9 @@ from aqnfx.graph.samples import batch_size, sample_count
 from aqnfx.graph.scores import SCORING
 from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.tags import get_tag, static_size, tensor_value
-from aqnfx.numerics.formats import KNOWN
 from aqnfx.numerics.noise import NoiseKind
-from aqnfx.numerics.perturbations import perturbation
-from aqnfx.ops.score import RANDOM, ScoreCall
+from aqnfx.numerics.perturbations import declared_change, perturbation
+from aqnfx.ops.score import ScoreCall
 from aqnfx.ops.score_weight import ScoreWeightCall
 from aqnfx.passes.base import Pass, select_or_raise
 
@@ -37,7 +36,7 @@ class InsertScore(Pass):
     whose cost is accumulated, or a declared perturbation such as a number format; ``samples`` and ``draws`` the number of
     samples and of projection draws that there is room for, ``channels`` also accumulates per channel: of the last
     dimension, of the second after a convolution. ``perturb`` names declared perturbations
-    (:func:`~aqnfx.numerics.perturbations.perturbation`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
+    (:func:`~aqnfx.numerics.perturbations.declared_change`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
     scores every floating-point parameter: Σ g², for the Fisher trace. ``elements`` also accumulates Σ (g·δ)² of the declared
     perturbations, element by element, in the first draw.
     """
@@ -57,16 +56,15 @@ class InsertScore(Pass):
     def perturbations(self) -> tuple[str, ...]:
         """The declared perturbations; a ``kind`` that is not random, as noise of kind ``bias``, is one of them."""
         named = tuple(dict.fromkeys(name.strip() for name in self.perturb.split("|") if name.strip()))
-        return (self.kind, *named) if self.kind not in RANDOM and self.kind not in named else named
+        return named if perturbation(self.kind).random or self.kind in named else (self.kind, *named)
 
     def requires(self, program: Program) -> None:
         """Check the options before anything is copied."""
-        if self.kind not in list(NoiseKind) and self.kind.split(":")[0] not in KNOWN:
-            raise PassError(f"{self.name}: kind {self.kind!r} is neither a format nor one of {', '.join(NoiseKind)}")
+        perturbation(self.kind)
         if self.samples < 1 or self.draws < 1:
             raise PassError(f"{self.name}: samples {self.samples} and draws {self.draws} must be at least 1")
         for name in self.perturbations:
-            perturbation(name)
+            declared_change(name)
         if any(node.target in SCORING for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has score nodes already; strip first")
 
@@ -118,7 +116,7 @@ class InsertScore(Pass):
             assert value is not None  # a site is a node with one tensor
             dim = place.channel_dim
             channels, width = None, static_size(value.shape[dim]) if value.dim() > 1 else None
-            if self.channels and self.kind in RANDOM and isinstance(width, int):
+            if self.channels and perturbation(self.kind).random and isinstance(width, int):
                 channels = buffer(f"channels_{index}", torch.zeros(2, width, dtype=torch.float64), site.id)
             outside = site.role is Role.OUTPUT and may_be_infinite(site.op, site.region)
             zeros = site.role is Role.OUTPUT and site.op == OpKind.SOFTMAX

@@ -22,9 +22,8 @@ from aqnfx.diagnosis.estimates import (
 )
 from aqnfx.diagnosis.predicted import predicted_record
 from aqnfx.diagnosis.sensitivity import level_key
-from aqnfx.numerics.formats import relative_error
 from aqnfx.numerics.metrics import classify_sensitivity, critical_threshold, noise_tolerance_index, sensitivity_score
-from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.stats import mcnemar, wilson
 from aqnfx.probes.measurements import Measurements
 from aqnfx.probes.tasks import KL, METRICS, Metric
@@ -108,17 +107,12 @@ def threshold(m: Measurements, est: Estimates, row: int) -> float | None:
     return critical_threshold((levels, curve), cost=THRESHOLD_COST).level
 
 
-def unit_error(kind: str) -> float:
-    """Return the relative size of what a level of 1 is: 1 for noise, for a number format its error on normal values."""
-    return 1.0 if kind in list(NoiseKind) else relative_error(kind)
-
-
 def _record(m: Measurements, est: Estimates, row: int, column: int, options: Options) -> dict[str, Any]:
     at = (row, column)
     level = m.levels[column]
     degradation = float(est.degradation.value[at])
     low, high = float(est.degradation.low[at]), float(est.degradation.high[at])
-    size = level * unit_error(m.noise_kind)
+    size = level * perturbation(m.noise_kind).unit_error
     score = sensitivity_score(degradation, size)
     p_holm = float(est.p_holm[at])
     record: dict[str, Any] = {

@@ -25,6 +25,7 @@ from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
+from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
@@ -123,7 +124,7 @@ def _run(
     if options.compile == "auto" and earlier in COMPILED:  # the choice depends on timing, and a run must not mix them
         compiled = earlier
     else:
-        compiled = what_to_compile(ready.program, sweep, work, options.compile, kernel=options.perturb is None)
+        compiled = what_to_compile(ready.program, sweep, work, options.compile, kernel=HAS_KERNEL[options.perturbation.kind])
     noisy, engine, work = instrument(ready, options, sweep, compiled)
     recipe = Recipe.of(model, ready, options, sweep, compiled) if options.executor != "process" else None
     tell("measuring" if compiled == "none" else "compiling")
@@ -156,7 +157,7 @@ def _run(
         if options.metric is not None:
             costs["metric"] = {"seconds": time.perf_counter() - started}
         found = dataclasses.replace(found, weight_metric=options.metric, weights=traces)
-        if options.method != "both" or options.perturb is not None:  # the error of a format is what it is
+        if options.method != "both" or not options.perturbation.graded:  # the error of a format is what it is
             return _with_costs(found, costs, began)
 
         runs = []

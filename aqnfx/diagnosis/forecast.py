@@ -11,6 +11,7 @@ import torch
 from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, instrument
+from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.probes.compile_choice import compile_seconds, what_to_compile
 from aqnfx.probes.work import Sweep
 
@@ -69,7 +70,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
     seeds = tuple(range(options.seeds))
     sweep = Sweep(probes=ready.probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
     batches = ready.batches(options)
-    compiled = what_to_compile(ready.program, sweep, batches, options.compile, kernel=options.perturb is None)
+    compiled = what_to_compile(ready.program, sweep, batches, options.compile, kernel=HAS_KERNEL[options.perturbation.kind])
     _program, engine, work = instrument(ready, options, sweep, "none")
     with torch.no_grad():
         engine.clean(work[0])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from aqnfx.diagnosis.confirm import confirmation_records
-from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold, unit_error
+from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
 from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
 from aqnfx.diagnosis.predicted import activation_statistics, channel_records, prediction_notes, site_predictions
@@ -17,6 +17,7 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable, layer_label, l
 from aqnfx.diagnosis.sqnr import sqnr_record
 from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError
+from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.stats import wilson
 from aqnfx.probes.measurements import Measurements, ProbeKind
 from aqnfx.probes.tasks import EXACT_MATCH, NLL, TASKS
@@ -59,7 +60,7 @@ def interpret(
         "task": _task(m, scores),
         "noise": {
             "kind": m.noise_kind, "levels": sorted(m.levels), "base_level": m.base_level, "seeds": list(m.seeds),
-            "unit_error": unit_error(m.noise_kind),
+            "unit_error": perturbation(m.noise_kind).unit_error,
         },
         "partial": not m.complete,
         "baseline": _baseline(m, options),

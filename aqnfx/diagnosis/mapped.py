@@ -77,6 +77,4 @@ def map_facts(smap: SensitivityMap) -> dict[str, Any]:
 
 def perturbation(smap: SensitivityMap) -> str:
     """Return what a map's classes and flat tables refer to, in words: "of relative_gaussian at level 0.05"."""
-    if smap.format is None:
-        return f"of {smap.noise['kind']} at level {smap.base_level:g}"
-    return f"of the format {smap.format}" + ("" if smap.base_level == 1 else f" at {smap.base_level:g} times its error")
+    return smap.perturbation.of(smap.base_level)

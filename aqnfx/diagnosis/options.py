@@ -13,13 +13,12 @@ from aqnfx.graph.loading import SPREAD
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import parse_format
 from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import Perturbation, perturbation
 from aqnfx.probes.measurements import ProbeKind
 from aqnfx.probes.plan import PROBE_KINDS
 from aqnfx.probes.tasks import TASKS
 from aqnfx.probes.traces import METRICS
 
-DEFAULT_LEVELS = (0.01, 0.05, 0.1)
-DEFAULT_SEEDS = 3
 DEFAULT_MAX_LENGTH = 256
 DEFAULT_WINDOW = 3
 EXECUTORS = ("process", "devices", "ray")
@@ -94,6 +93,7 @@ class Options:
     allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.perturb is not None:
             self._set("perturb", parse_format(str(self.perturb)).name)
             if self.noise != NoiseKind.RELATIVE_GAUSSIAN:
@@ -101,9 +101,9 @@ class Options:
             if self.seeds not in (None, 1):
                 raise InputError(f"seeds {self.seeds} was asked; a format is not random, so there is nothing to repeat")
         if self.levels is None:
-            self._set("levels", (1.0,) if self.perturb else DEFAULT_LEVELS)
+            self._set("levels", self.perturbation.levels)
         if self.seeds is None:
-            self._set("seeds", 1 if self.perturb else DEFAULT_SEEDS)
+            self._set("seeds", self.perturbation.seeds)
         for name in ("samples", "seeds", "batch_size", "window", "step", "max_length", "draws", "workers", "max_new_tokens"):
             value = getattr(self, name)
             if value is None and name in ("window", "max_length", "workers", "max_new_tokens"):
@@ -132,7 +132,6 @@ class Options:
                 raise InputError(f"{name} must be true or false, found {getattr(self, name)!r}")
         _one_of("method", self.method, METHODS)
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.task is not None:
             _one_of("task", self.task, TASKS)
         self._check_generation()
@@ -164,7 +163,7 @@ class Options:
         if self.task != "generate":
             if given := [name for name in ("max_new_tokens", "stop") if getattr(self, name) is not None]:
                 raise InputError(f"{given[0]} is for task generate; ask for that task, or leave it out")
-        elif self.perturb is not None:
+        elif not self.perturbation.generates:
             raise InputError("task generate measures noise; a number format (perturb) is measured by task exact_match or kl")
         elif self.executor != "process":
             raise InputError(f"task generate runs in one process; executor {self.executor} was asked, leave it out")
@@ -179,8 +178,13 @@ class Options:
 
     @property
     def kind(self) -> str:
-        """What perturbs: a kind of noise or a number format."""
+        """The name of what perturbs: a kind of noise or a number format."""
         return self.perturb or self.noise
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What perturbs."""
+        return perturbation(str(self.kind))
 
     @property
     def captured(self) -> str:
@@ -200,7 +204,7 @@ class Options:
     @property
     def where(self) -> str:
         """The selector of the probed sites."""
-        roles = self.roles or ("auto" if self.perturb else None)
+        roles = self.roles or ("auto" if self.perturbation.on_operands else None)
         parts = {"ops": self.ops, "layers": self.layers, "roles": roles}
         return ",".join(f"{field}:{value}" for field, value in parts.items() if value)
 

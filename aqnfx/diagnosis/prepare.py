@@ -22,6 +22,8 @@ from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
+from aqnfx.passes.partition_blocks import PartitionBlocks
+from aqnfx.passes.perturbing import insert
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture
 from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
@@ -183,12 +185,8 @@ def instrument(
     ready: Prepared, options: Options, sweep: Sweep, compiled: str
 ) -> tuple[Program, BlockReplay, list[Batch]]:
     """Return the program with what perturbs it, the engine that runs it, and the batches in the order in which to run them."""
-    if options.perturb is not None:
-        insert = f'insert-fake-quant{{where="{options.where}" format={options.perturb} controls=true}}'
-    else:
-        kernel = str(compiled != "none").lower()
-        insert = f'insert-noise{{where="{options.where}" kind={options.noise} compiled={kernel}}}'
-    noisy = Pipeline.parse(f"{insert},partition-blocks")(ready.program)
+    perturb = insert(options.perturbation, options.where, kernel=compiled != "none")
+    noisy = Pipeline((perturb, PartitionBlocks()))(ready.program)
     engine = BlockReplay(
         noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, offload=options.replay_offload,
         compiled=compiled == "blocks",
@@ -245,7 +243,7 @@ def plan(
     if "window" in kinds and options.step > window:
         notes.append(f"step {options.step} is larger than the window of {window}: some layers are in no window")
     probes = plan_probes(program, selector, kinds=kinds, window=window, step=options.step)
-    shared = _shared_sites(program, {s for p in probes for s in p.sites}) if options.perturb is None else []
+    shared = _shared_sites(program, {s for p in probes for s in p.sites}) if not options.perturbation.idempotent else []
     if shared:
         notes.append(
             f"{shared[0]}{f' and {len(shared) - 1} more' if len(shared) > 1 else ''} computes one value for the whole "

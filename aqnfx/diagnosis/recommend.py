@@ -126,7 +126,7 @@ def _grouped(smap: SensitivityMap, subject: Subject, rows: list[dict[str, Any]])
     if not rows:
         return []
     worst = max(rows, key=lambda row: float(row["score_ci"][1]))
-    where = f"at noise level {smap.base_level:g}" if smap.format is None else f"in {smap.format}"
+    where = smap.perturbation.where(smap.base_level)
     reason = (
         f"sensitivity score below 1.5 up to the high end of every interval (worst: {worst['key']}, "
         f"{worst['score']:.2f}, up to {worst['score_ci'][1]:.2f}) {where}"
@@ -189,7 +189,7 @@ def _measure_more(smap: SensitivityMap) -> list[Recommendation]:
         found.append(
             f"nothing is distinguishable from no effect at level {smap.base_level:g} with {smap.samples} samples and "
             f"{len(smap.seeds)} seeds: raise --samples to {max(4 * smap.samples, 64)} (halves the intervals)"
-            + (", use more --seeds, or raise --levels" if smap.format is None else "")
+            + (", use more --seeds, or raise --levels" if smap.perturbation.graded else "")
         )
     return [Recommendation(priority=4, subject="run", targets=(), reason=reason) for reason in found]
 

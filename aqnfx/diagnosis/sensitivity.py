@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from aqnfx.errors import ArtifactError
-from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import Perturbation, perturbation
 
 SCHEMA = "aqnfx.sensitivity/1"
 
@@ -143,8 +143,12 @@ class SensitivityMap:
     @property
     def format(self) -> str | None:
         """The number format whose error perturbed, or None where noise did."""
-        kind = str(self.noise["kind"])
-        return None if kind in list(NoiseKind) else kind
+        return self.perturbation.format
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What perturbed; raises :class:`InputError` for a name that this version does not know."""
+        return perturbation(str(self.noise["kind"]))
 
     @property
     def seeds(self) -> tuple[int, ...]:

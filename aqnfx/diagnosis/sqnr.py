@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from aqnfx.diagnosis.sensitivity import level_key
-from aqnfx.numerics.noise import NoiseKind
+from aqnfx.numerics.perturbations import perturbation
 from aqnfx.probes.measurements import Measurements
 
 LISTED = 10
@@ -23,7 +23,7 @@ def sqnr_record(m: Measurements, sites: list[dict[str, Any]]) -> dict[str, Any]:
     between the two rankings (1: the lowest SQNR costs most), and under ``misled`` the sites whose ranks (1 is worst) are
     furthest apart. Empty for noise and where fewer than three sites have both numbers.
     """
-    if m.noise_kind in list(NoiseKind):
+    if perturbation(m.noise_kind).format is None:
         return {}
     key = level_key(m.base_level)
     known = []

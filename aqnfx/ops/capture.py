@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from aqnfx.errors import InputError
-from aqnfx.numerics.perturbations import perturbation as declared
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops.call import Call
 
 # Rows of the buffer ``channels``.
@@ -62,7 +62,7 @@ def accumulate(
     rows, there = table(y), channels.device
     dropped = None if mask is None else dropped_rows(mask, y, len(rows))
     # Of the whole value at once: a perturbation may depend on more than one element.
-    delta = table(declared(perturbation)(y, dim, channel_dim)) if perturbation else None
+    delta = table(declared_change(perturbation)(y, dim, channel_dim)) if perturbation else None
     step = max(1, _CHUNK // width)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)

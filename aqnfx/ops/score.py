@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnfx.numerics.formats import unmasked
 from aqnfx.numerics.noise import NoiseKind
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops.call import Call
 
 RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
@@ -73,10 +73,10 @@ def _shared(y: Tensor, *reading: Any) -> Changes:
 def _changed(y: Tensor, perturbations: list[str], dim: int, channel_dim: int, masked: bool) -> list[Tensor]:
     """Return what each perturbation changes in ``y``; what a mask put there (:func:`unmasked`) it does not change."""
     if not masked:
-        return [perturbation(name)(y, dim, channel_dim) for name in perturbations]
+        return [declared_change(name)(y, dim, channel_dim) for name in perturbations]
     outside = ~unmasked(y)
     y = y.masked_fill(outside, 0.0)
-    return [perturbation(name)(y, dim, channel_dim).masked_fill(outside, 0.0) for name in perturbations]
+    return [declared_change(name)(y, dim, channel_dim).masked_fill(outside, 0.0) for name in perturbations]
 
 
 def scaled_gradient(grad: Tensor, y: Tensor, kind: str, keep_zeros: bool, masked: bool = False) -> Tensor:

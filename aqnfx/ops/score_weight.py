@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops.score import RANDOM, ScoringCall, scaled_gradient
 
 _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
@@ -23,7 +23,7 @@ _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 def changes(weight: Tensor, perturbations: list[str], dim: int, channel_dim: int) -> Tensor | None:
     """Return what each perturbation changes in a weight, fp32 or fp64 (perturbations, elements); None without any."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    found = [perturbation(name)(weight, dim, channel_dim).to(wide).reshape(-1) for name in perturbations]
+    found = [declared_change(name)(weight, dim, channel_dim).to(wide).reshape(-1) for name in perturbations]
     return torch.stack(found) if found else None
 
 

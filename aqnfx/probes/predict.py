@@ -26,8 +26,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers, is_parameter_row
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag
-from aqnfx.numerics.perturbations import BIAS
-from aqnfx.ops.score import RANDOM
+from aqnfx.numerics.perturbations import perturbation
 from aqnfx.probes.capture import own_rows
 from aqnfx.probes.data import Batch
 from aqnfx.probes.forward import Forward
@@ -100,7 +99,7 @@ class Predictions:
         rows = self.rows(sites)
         if not self.reached[rows].any():
             return np.full(self.samples, np.nan)
-        if self.kind not in RANDOM:
+        if not perturbation(self.kind).random:
             return self.perturbed_kl(sites, self.kind, level)
         return np.asarray(0.5 * level**2 * self.costs[rows].sum(axis=0))
 
@@ -116,7 +115,7 @@ class Predictions:
         if not self.reached[rows].any():
             return np.full(self.samples, np.nan)
         chosen = {self.sites[row].id for row in rows}
-        if name != BIAS:  # a format changes nothing in what it has stored already
+        if perturbation(name).idempotent:  # a format changes nothing in what it has stored already
             chosen = {site for site in chosen if self.stored_before.get(site) not in chosen}
         table = self.sketch[:, self.perturbations.index(name)]
         kept = {site.id: row for row, site in enumerate(self.sites) if site.id in chosen}
@@ -139,7 +138,7 @@ class Predictions:
             (row,) = self.rows([site])
             if not self.reached[row]:
                 raise ProbeError(f"{site} has no differentiable path to the output, so nothing is known of its channels")
-            if self.kind not in RANDOM:
+            if not perturbation(self.kind).random:
                 raise ProbeError(f"{self.kind} has no cost per channel: its channels interact; use perturbed_kl")
             raise ProbeError(f"{site} has no channels of fixed number, or insert-score ran with channels=false")
         return np.asarray(0.5 * level**2 * self.channels[site] * self.samples / self.tokens.sum())

@@ -66,16 +66,12 @@ def _what_was_done(smap: SensitivityMap) -> str:
 
 def title(smap: SensitivityMap) -> str:
     """Return what the report is of."""
-    if smap.format is not None:
-        return f"Sensitivity of {model_name(smap)} to {smap.format}"
-    return f"Noise sensitivity of {model_name(smap)}"
+    return smap.perturbation.words.title.format(model=model_name(smap), name=smap.perturbation.name)
 
 
 def at_level(smap: SensitivityMap) -> str:
     """Return "at level 0.05", or "in mxfp4"."""
-    if smap.format is not None:
-        return f"in {smap.format}" if smap.base_level == 1.0 else f"at {smap.base_level:g} times the error of {smap.format}"
-    return f"at level {smap.base_level:g}"
+    return smap.perturbation.at(smap.base_level)
 
 
 def _sites(smap: SensitivityMap) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aqnfx.errors import InputError
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops import capture as module
 from aqnfx.ops.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS, clear, new_buffers
 from tests.graph.small import generator
@@ -55,7 +55,7 @@ def test_statistics_equal_those_of_the_stored_values(dtype, shapes):
     table = np.concatenate([y.double().numpy().reshape(-1, 6) for y in values])
     np.testing.assert_allclose(channels.numpy(), expected(table), rtol=1e-12)
     assert totals[COUNT] == len(table)
-    noise = sum(float(perturbation("fp8_e5m2")(y).double().square().sum()) for y in values)
+    noise = sum(float(declared_change("fp8_e5m2")(y).double().square().sum()) for y in values)
     np.testing.assert_allclose(float(totals[NOISE]), noise, rtol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
 
@@ -171,7 +171,7 @@ def test_a_perturbation_that_overflows_shows_in_the_noise_only():
 @pytest.mark.parametrize("name", ["", "bias", "bf16", "fp16", "fp8_e4m3:none", "mxfp4"])
 def test_every_perturbation(name):
     y = normal(4, 6)
-    noise = float(perturbation(name)(y).double().square().sum()) if name else 0.0
+    noise = float(declared_change(name)(y).double().square().sum()) if name else 0.0
     assert float(captured(y, width=6, name=name)[1][NOISE]) == pytest.approx(noise, rel=1e-12)
 
 

@@ -19,12 +19,11 @@ import aqnfx
 from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph.blocks import cut, lower
 from aqnfx.graph.calibration import SCHEMA, read_ranges
-from aqnfx.graph.controls import FAKE_QUANT
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import attribute
 from aqnfx.numerics.formats import parse_format, quantize
-from aqnfx.ops.fake_quant import fake_quant
+from aqnfx.ops.fake_quant import FakeQuantCall, fake_quant
 from aqnfx.passes.decompose_attention import attention
 from aqnfx.passes.lower_ops import LowerOps
 from aqnfx.passes.pipeline import Pipeline
@@ -175,7 +174,7 @@ def test_readers_of_one_value_share_a_node_unless_each_has_controls():
     (node,) = {program.places[f"{part}:linear:0:input"].value for part in "qkv"}
     assert node.op == "placeholder"
     (node,) = {shared.places[f"{part}:linear:0:input"].value for part in "qkv"}
-    assert node.target is FAKE_QUANT
+    assert node.target is FakeQuantCall.target
     each = insert(program, 'where="ops:linear,roles:input|weight" format=int4:g8 controls=true')
     assert each.history[-1].op_diff == {"aqnfx.fake_quant": 6, "aqnfx.count": 6}
     assert len({each.places[f"{part}:linear:0:input"].value for part in "qkv"}) == 3

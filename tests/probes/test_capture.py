@@ -16,7 +16,7 @@ import aqnfx
 from aqnfx.errors import InputError, PassError, ProbeError
 from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.program import Program
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture, collect, outlier_class, own_rows
 from aqnfx.probes.data import Batch
@@ -56,7 +56,7 @@ def stored(program: Program, given: list[Batch], masked: frozenset[str]) -> dict
 def reference(tables: list[Tensor]) -> dict[str, Any]:
     """Return the statistics of the stored values, computed by numpy."""
     y = np.abs(torch.cat(tables).double().numpy())
-    noise = sum(float(perturbation("bf16")(t).double().square().sum()) for t in tables)
+    noise = sum(float(declared_change("bf16")(t).double().square().sum()) for t in tables)
     return {
         "mean_magnitude": y.mean(), "rms": np.sqrt(np.mean(y**2)), "max": y.max(), "sparsity": np.mean(y == 0),
         "dynamic_range_db": 20 * np.log10(y.max() / y[y > 0].min()), "snr_db": 10 * np.log10((y**2).sum() / noise),

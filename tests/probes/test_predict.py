@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aqnfx.errors import InputError, ModelError, PassError, ProbeError
 from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
 from aqnfx.probes.checkpoint import checkpointed
@@ -195,7 +195,7 @@ def test_fixed_perturbations_are_those_of_explicit_jacobians_together_too(net, t
     monkeypatch.setattr(module, "projection", AllSigns(16))
     batch = points()
     found = run(scored(tagged, samples=4, draws=16, perturb="bf16|bias|fp8_e4m3"), [batch], draws=16)
-    first, second = (perturbation(name)(y).double() for y in values(net, batch))
+    first, second = (declared_change(name)(y).double() for y in values(net, batch))
     zero = torch.zeros_like(first)
     alone = [exact(net, batch, [pair]) for pair in ((first, zero), (zero, second))]
     together = exact(net, batch, [(first, second)])

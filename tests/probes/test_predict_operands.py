@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.errors import PassError
-from aqnfx.numerics.perturbations import perturbation
+from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops import score, score_weight
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
@@ -52,9 +52,9 @@ def moved(net: nn.Module, batch: Points, role: str, name: str) -> list[Tensor]:
     for layer, x in zip(net.layers, inputs_of(net, batch), strict=True):
         weight = layer.up.weight.detach()
         if role == "weight":
-            changes.append(F.linear(x, perturbation(name)(weight, -1, 0)))
+            changes.append(F.linear(x, declared_change(name)(weight, -1, 0)))
         else:
-            changes.append(F.linear(perturbation(name)(x), weight))
+            changes.append(F.linear(declared_change(name)(x), weight))
     return changes
 
 
@@ -87,7 +87,7 @@ def test_elements_are_squared_one_by_one(net, tagged, role, monkeypatch):
         found.append(one.elements[0, 0])
     layer, x = net.layers[0], batch.x.double()
     zero = torch.zeros_like(moved(net, batch, role, name)[1])
-    delta = perturbation(name)(layer.up.weight.detach() if role == "weight" else x, -1, 0)
+    delta = declared_change(name)(layer.up.weight.detach() if role == "weight" else x, -1, 0)
     expected = torch.zeros(4, dtype=torch.float64)
     shape = delta.shape if role == "weight" else delta.shape[1:]
     for place in itertools.product(*map(range, shape)):
