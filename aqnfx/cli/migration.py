@@ -15,6 +15,7 @@ def migrate(
 
     import torch
 
+    from aqnfx.artifacts import read_json
     from aqnfx.cli.places import output_directory
     from aqnfx.cli.terminal import Terminal
     from aqnfx.diagnosis.mapped import as_probed
@@ -23,7 +24,6 @@ def migrate(
     from aqnfx.planning.divergences import parse_divergences
     from aqnfx.planning.migration import migration_plan
     from aqnfx.planning.planner import model_facts
-    from aqnfx.reporting.artifacts import read_json
     from aqnfx.reporting.migration import migration_record, print_migration, save_migration
     from aqnfx.reporting.report import load_map
 

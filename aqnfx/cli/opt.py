@@ -17,11 +17,11 @@ def command(
     out: Path = typer.Option(None, "--out", help="Write the rewritten graph's text to this file."),
 ) -> None:
     """Run graph passes on a model, like mlir-opt: every step is verified, and shown with what it changed."""
+    from aqnfx.artifacts import write_text
     from aqnfx.cli.places import check_outputs, output_directory
     from aqnfx.errors import printable
     from aqnfx.graph.frontend import trace
     from aqnfx.passes.pipeline import Pipeline
-    from aqnfx.reporting.artifacts import write_text
 
     parsed = Pipeline.parse(pipeline)  # a typing error should not cost a trace
     if out is not None:

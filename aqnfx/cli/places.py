@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from aqnfx.artifacts import check_output_dir, missing_directories, remove_empty, target_of
 from aqnfx.errors import InputError
-from aqnfx.reporting.artifacts import check_output_dir, missing_directories, remove_empty, target_of
 
 _HEAD = 4096
 

@@ -63,6 +63,7 @@ def command(
     import json
     import warnings
 
+    from aqnfx.artifacts import read_json
     from aqnfx.cli.migration import migrate
     from aqnfx.cli.places import check_outputs, output_directory
     from aqnfx.cli.session import keep_freed_memory
@@ -70,7 +71,6 @@ def command(
     from aqnfx.planning.options import PlanOptions, parse_latency, parse_pairs
     from aqnfx.planning.planner import plan
     from aqnfx.planning.threshold import FORMATS, threshold_plan
-    from aqnfx.reporting.artifacts import read_json
     from aqnfx.reporting.plan import print_plan, save_plan
     from aqnfx.reporting.report import load_map
 

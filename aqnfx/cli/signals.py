@@ -10,7 +10,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from aqnfx.reporting import artifacts
+from aqnfx import artifacts
 
 AGAIN = 0.05
 """Seconds after which a signal that came at a bad moment is delivered once more."""

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from aqnfx.artifacts import Schema, jsonable
 from aqnfx.diagnosis.error_flow import error_flow
 from aqnfx.diagnosis.mapped import TAGS, as_probed, check_interval, check_number
 from aqnfx.diagnosis.reasons import Evidence, reasons
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.flops import Sizes, input_shapes
 from aqnfx.graph.lengths import recorded, serves, trace_for
@@ -26,7 +27,6 @@ from aqnfx.graph.tags import static_size
 from aqnfx.numerics.formats import parse_format
 from aqnfx.passes.pipeline import Pipeline
 
-SCHEMA = "aqnfx.analysis/1"
 TOP = 10
 BATCH, TOKENS = 1, 128
 
@@ -62,7 +62,7 @@ class Analysis:
     def to_record(self) -> dict[str, Any]:
         """Return the analysis as plain JSON values."""
         cleaned: dict[str, Any] = jsonable({
-            "schema": SCHEMA, "model": self.model, "structure": self.structure.to_record(), "map": self.map,
+            "schema": Schema.ANALYSIS, "model": self.model, "structure": self.structure.to_record(), "map": self.map,
             "sites": self.sites, "critical": self.critical, "groups": self.groups, "error_flow": self.error_flow,
             "notes": self.notes,
         })  # fmt: skip

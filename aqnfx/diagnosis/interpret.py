@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from aqnfx.artifacts import jsonable
 from aqnfx.diagnosis.confirm import confirmation_records
 from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
 from aqnfx.diagnosis.estimated import agreement, with_estimates
 from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
 from aqnfx.diagnosis.predicted import activation_statistics, channel_records, prediction_notes, site_predictions
 from aqnfx.diagnosis.ranking import is_critical, rank
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable, layer_label, level_key
+from aqnfx.diagnosis.sensitivity import SensitivityMap, layer_label, level_key
 from aqnfx.diagnosis.sqnr import sqnr_record
 from aqnfx.diagnosis.windows import window_records
 from aqnfx.errors import InputError

@@ -6,16 +6,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import aqnfx
+from aqnfx.artifacts import Schema, jsonable, versions
 from aqnfx.diagnosis.scan_activations import Activations, measure_activations
 from aqnfx.diagnosis.scan_findings import decide, rank, summarise
-from aqnfx.diagnosis.sensitivity import jsonable
 from aqnfx.errors import InputError, ModelError, printable
 from aqnfx.numerics.format_stats import ERROR_SUMS, ValueStatistics, error_record, format_sums
 from aqnfx.numerics.formats import Format, parse_format
@@ -23,8 +21,6 @@ from aqnfx.probes.checkpoint_weights import CHUNK, Checkpoint, Weight, chunks, o
 from aqnfx.probes.compile_choice import compiler_problem
 from aqnfx.probes.examples import Data
 from aqnfx.probes.memory import peak_memory_mib
-
-SCHEMA = "aqnfx.scan/1"
 
 Progress = Callable[[int, int], None]
 Formats = Mapping[str, Format]
@@ -63,7 +59,8 @@ class Scan:
 
     def to_record(self) -> dict[str, Any]:
         """Return the scan as plain JSON values, schema ``aqnfx.scan/1``."""
-        record: dict[str, Any] = jsonable({"schema": SCHEMA} | {item.name: getattr(self, item.name) for item in fields(self)})
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        record: dict[str, Any] = jsonable({"schema": Schema.SCAN} | own)
         return record
 
 
@@ -124,7 +121,7 @@ def scan(
         activation_summary={name: summarise(decided, name, places[name]) for name in places}, ranges=activations.ranges,
         notes=[*checkpoint.notes, *_notes(checkpoint, wanted), *engine.notes, *activations.notes],
         provenance={
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")}, "aqnfx": aqnfx.__version__,
+            **versions("torch", "transformers", "safetensors"),
             "digest_of": "names, dtypes, shapes and sizes of all tensors; not their values", "compile": engine.compiled,
             "weights": len(weights), "elements": sum(weight.elements for weight in checkpoint.weights), "bytes": total,
             "skipped": dict(checkpoint.skipped), "seconds": seconds, "gb_per_second": total / seconds / 1e9,

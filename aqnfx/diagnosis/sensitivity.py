@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from aqnfx.artifacts import Schema, jsonable
 from aqnfx.errors import ArtifactError
 from aqnfx.numerics.perturbations import Perturbation, perturbation
-
-SCHEMA = "aqnfx.sensitivity/1"
 
 
 class _Part(BaseModel):
@@ -179,7 +176,7 @@ class SensitivityMap:
 
     def to_record(self) -> dict[str, Any]:
         """Return the map as plain JSON values; numbers that are not finite become ``None``."""
-        record: dict[str, Any] = {"schema": SCHEMA}
+        record: dict[str, Any] = {"schema": Schema.SENSITIVITY}
         record |= {item.name: getattr(self, item.name) for item in fields(self) if item.name != "extra"}
         cleaned: dict[str, Any] = jsonable(record | {k: v for k, v in self.extra.items() if k not in record})
         return cleaned
@@ -192,8 +189,8 @@ class SensitivityMap:
         has the wrong type.
         """
         found = record.get("schema") if isinstance(record, Mapping) else None
-        if found != SCHEMA:
-            raise ArtifactError(f"sensitivity map: expected schema {SCHEMA!r}, found {found!r}")
+        if found != Schema.SENSITIVITY:
+            raise ArtifactError(f"sensitivity map: expected schema {Schema.SENSITIVITY.value!r}, found {found!r}")
         try:
             _checker().model_validate(dict(record))
         except ValidationError as error:
@@ -227,23 +224,6 @@ def level_key(level: float) -> str:
 def layer_label(label: str) -> int | str:
     """Return a layer label as artifacts list it: an integer for ``"3"``, the text for ``"decoder.block:3"``."""
     return int(label) if label.isascii() and label.isdigit() else label
-
-
-def jsonable(value: Any) -> Any:
-    """Return a copy of nested values as JSON has them.
-
-    NaN and infinities become ``None``, tuples lists, NumPy scalars numbers, keys and anything else (a path, a dtype)
-    text: a long run must not end in a report that cannot be written.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _first_error(error: ValidationError) -> str:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqnfx.artifacts import Schema, read_json
 from aqnfx.data import EMBEDDED, embedded_model
 from aqnfx.errors import InputError, ModelError
-from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, assigned_sites
+from aqnfx.graph.assignments import Assignment, assigned_sites
 from aqnfx.graph.lengths import recorded, trace_for
 from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
-from aqnfx.reporting.artifacts import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +80,7 @@ def open_plan(
     be loaded or has other weights, and
     modules or operands that the model does not have.
     """
-    plan = PrecisionPlan.from_record(read_json(path, schema=PLAN_SCHEMA), where=str(path))
+    plan = PrecisionPlan.from_record(read_json(path, schema=Schema.PLAN), where=str(path))
     if not any(found.formats() for found in plan.assignments.values()):
         raise InputError(f"{path} stores everything as the model has it; there is nothing to export")
     own = None

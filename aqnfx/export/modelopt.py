@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from aqnfx.artifacts import write_text
 from aqnfx.errors import AqnfxError, InputError
 from aqnfx.export.job import Exported, Job, Linear, planned_linears
 from aqnfx.export.staging import check_free
 from aqnfx.numerics.formats import E2M1, E3M2, E4M3, Element, Format, IntElement
-from aqnfx.reporting.artifacts import write_text
 
 TARGET = "modelopt"
 _FLOATS: dict[Element, list[int]] = {E2M1: [2, 1], E3M2: [3, 2], E4M3: [4, 3]}

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aqnfx.artifacts import Schema
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.operands import Place, origin
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.numerics.formats import parse_format
 
-PLAN_SCHEMA = "aqnfx.plan/1"
 STORED = (Role.WEIGHT, Role.INPUT, Role.KEY, Role.VALUE)
 """The operands that a plan assigns formats to."""
 
@@ -47,8 +47,8 @@ def read_assignments(path: str | Path) -> dict[str, Assignment]:
         raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"the plan {path} is truncated or not JSON: {str(error)[:200]}") from error
-    if not isinstance(record, dict) or record.get("schema") != PLAN_SCHEMA:
-        raise InputError(f"{path} is not a plan ({PLAN_SCHEMA}); make one by aqnfx plan MODEL --data FILE --out plan.json")
+    if not isinstance(record, dict) or record.get("schema") != Schema.PLAN:
+        raise InputError(f"{path} is not a plan ({Schema.PLAN}); make one by aqnfx plan MODEL --data FILE --out plan.json")
     return parse_assignments(record.get("assignments"), str(path))
 
 

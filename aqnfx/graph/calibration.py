@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from aqnfx.artifacts import Schema
 from aqnfx.errors import InputError
 
-SCHEMA = "aqnfx.scan/1"
 Range = tuple[float, float]
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -22,8 +22,8 @@ def read_ranges(path: str | Path) -> dict[str, Range]:
         raise InputError(f"cannot read the calibration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"the calibration {path} is not JSON: {str(error)[:200]}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or not isinstance(record.get("ranges"), dict):
-        raise InputError(f"{path} is not a scan ({SCHEMA}) with ranges; make one by aqnfx scan MODEL --data FILE --out DIR")
+    if not isinstance(record, dict) or record.get("schema") != Schema.SCAN or not isinstance(record.get("ranges"), dict):
+        raise InputError(f"{path} is not a scan ({Schema.SCAN}) with ranges; make one by aqnfx scan MODEL --data FILE --out DIR")
     return {str(site): _range(path, site, pair) for site, pair in record["ranges"].items()}
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aqnfx.artifacts import Schema
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.program import Program
 
-SCHEMA = "aqnfx.divergences/1"
 SIGNIFICANT = (1e-1, 1e-2)
 """Relative errors above which a migration plan gives priority 1, and at least priority 2."""
 
@@ -29,9 +29,9 @@ def parse_divergences(record: Any, where: str) -> dict[str, float]:
 
     Raises :class:`InputError`, one line, for anything else.
     """
-    if not isinstance(record, Mapping) or record.get("schema") != SCHEMA:
+    if not isinstance(record, Mapping) or record.get("schema") != Schema.DIVERGENCES:
         found = record.get("schema") if isinstance(record, Mapping) else type(record).__name__
-        raise InputError(f"{where}: expected schema {SCHEMA!r}, found {repr(found)[:80]}")
+        raise InputError(f"{where}: expected schema {Schema.DIVERGENCES.value!r}, found {repr(found)[:80]}")
     sites = record.get("sites")
     if not isinstance(sites, Mapping) or not sites:
         raise InputError(f"{where}: 'sites' must be an object, site or module or layer -> relative error, and not empty")

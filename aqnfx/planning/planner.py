@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-import aqnfx
+from aqnfx.artifacts import jsonable, versions
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
@@ -111,6 +110,10 @@ def score_options(
     )  # fmt: skip
 
 
+PACKAGES = ("torch", "transformers", "scipy")
+"""The packages whose versions a plan records."""
+
+
 def model_facts(model: Any, program: Program) -> dict[str, Any]:
     """Return what a plan records of its model: ``name``, ``digest``, and where it comes from."""
     source = {key: value for key, value in program.source.items() if key not in ("trace_seconds", "origin")}
@@ -118,14 +121,9 @@ def model_facts(model: Any, program: Program) -> dict[str, Any]:
     return source | {"name": name, "digest": model_digest(program)}
 
 
-def versions() -> dict[str, Any]:
-    """Return the versions that a plan records."""
-    return {**{package: version(package) for package in ("torch", "transformers", "scipy")}, "aqnfx": aqnfx.__version__}
-
-
 def run_facts(ready: Prepared, data: Data, options: PlanOptions, count: int) -> dict[str, Any]:
     """Return what a plan records of its run on ``data``, whose first ``count`` samples chose."""
-    return versions() | {
+    return versions(*PACKAGES) | {
         "data": Path(data).name if isinstance(data, (str, Path)) else "(values)", "data_digest": data_digest(ready.encoded),
         "samples": count, "eval_samples": len(ready.encoded) - count, "draws": options.draws, "seed": options.seed,
         "max_length": ready.longest, "device": str(ready.device),

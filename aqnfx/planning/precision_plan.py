@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from aqnfx.artifacts import Schema
 from aqnfx.errors import InputError
-from aqnfx.graph.assignments import PLAN_SCHEMA, Assignment, parse_assignments
+from aqnfx.graph.assignments import Assignment, parse_assignments
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
 
@@ -48,14 +49,14 @@ class PrecisionPlan:
 
     def to_record(self) -> dict[str, Any]:
         """Return the plan as plain JSON values, schema ``aqnfx.plan/1``."""
-        record = {"schema": PLAN_SCHEMA} | {item.name: getattr(self, item.name) for item in fields(self)}
+        record = {"schema": Schema.PLAN} | {item.name: getattr(self, item.name) for item in fields(self)}
         return record | {"assignments": {module: found.to_record() for module, found in self.assignments.items()}}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "the plan") -> PrecisionPlan:
         """Return the plan of a record; raises :class:`InputError` in one line for one that is none, or was changed."""
-        if record.get("schema") != PLAN_SCHEMA:
-            raise InputError(f"{where}: expected schema {PLAN_SCHEMA!r}, found {record.get('schema')!r}")
+        if record.get("schema") != Schema.PLAN:
+            raise InputError(f"{where}: expected schema {Schema.PLAN.value!r}, found {record.get('schema')!r}")
         kinds: dict[str, tuple[type, ...]] = {
             "avg_bits": (int, float), "effective_bits": (int, float), "bytes": (int,), "rule": (str,), "notes": (list,),
             "compared": (list,), "frontier": (list,),

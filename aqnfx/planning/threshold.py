@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from aqnfx.artifacts import jsonable, versions
 from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number, map_facts, perturbation
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.lengths import recorded, trace_for
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
 from aqnfx.planning.menu import Part
 from aqnfx.planning.options import DEFAULT_FORMATS, THRESHOLDS, PlanOptions
-from aqnfx.planning.planner import batches_of, model_facts, prepare_plan, run_facts, versions
+from aqnfx.planning.planner import PACKAGES, batches_of, model_facts, prepare_plan, run_facts
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import Group, Problem, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
@@ -90,7 +91,7 @@ def threshold_plan(
             ],
         },
     }  # fmt: skip
-    facts, notes = versions(), _notes(smap, found, wanted)
+    facts, notes = dict[str, Any](versions(*PACKAGES)), _notes(smap, found, wanted)
     if ready is not None and data is not None:
         first = wanted.samples if wanted.samples < len(ready.encoded) else 0
         held = batches_of(ready, wanted, first, len(ready.encoded)) if wanted.eval_samples else []

@@ -16,10 +16,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
 
+from aqnfx.artifacts import Schema
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.probes.work import Item, Scores
 
-SCHEMA = "aqnfx.journal/1"
 MOST_BYTES = 1 << 31
 """Largest journal that is read."""
 
@@ -55,7 +55,7 @@ class Journal:
             keep = 0 if self._fresh else self._read(content, identity)
             self._file.truncate(keep)
             if self._fresh:
-                self._append({"schema": SCHEMA, "identity": dict(identity)})
+                self._append({"schema": Schema.JOURNAL, "identity": dict(identity)})
         except BaseException as error:
             self._remove_empty()
             self._file.close()
@@ -250,7 +250,7 @@ _Record = TypeVar("_Record", _Header, _Line)
 
 def _is_torn_header(content: bytes) -> bool:
     """Return whether a file holds only the beginning of a first line: nothing was finished yet."""
-    start = b'{"schema":"' + SCHEMA.encode()
+    start = b'{"schema":"' + Schema.JOURNAL.encode()
     digest, space, body = content[:16], content[16:17], content[17 : 17 + len(start)]
     known = not digest.strip(b"0123456789abcdef") and space in (b"", b" ") and start.startswith(body)
     return known and b"\n" not in content
@@ -296,8 +296,8 @@ def _open_only(path: str, flags: int) -> int:
 
 
 def _same_run(path: Path, record: _Header, wanted: dict[str, Any]) -> None:
-    if record.schema_ != SCHEMA:
-        raise ArtifactError(f"{path} has the schema {record.schema_!r}; expected {SCHEMA}")
+    if record.schema_ != Schema.JOURNAL:
+        raise ArtifactError(f"{path} has the schema {record.schema_!r}; expected {Schema.JOURNAL}")
     found = json.loads(record.identity.model_dump_json(exclude_unset=True))
     for key in wanted:
         if found.get(key) != wanted[key]:

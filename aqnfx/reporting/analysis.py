@@ -9,10 +9,10 @@ from pathlib import Path
 import networkx as nx
 from rich.console import Console
 
+from aqnfx.artifacts import check_output_dir, json_text, write_all
 from aqnfx.diagnosis.analysis import Analysis
 from aqnfx.errors import printable
 from aqnfx.reporting.analysis_svg import analysis_svg
-from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
 from aqnfx.reporting.blocks import Block, Column, Gap, Heading, Table, of_kinds, say
 from aqnfx.reporting.kinds import COUNT, KL, NUMBER, PERCENT, QUANTITY, TEXT
 from aqnfx.reporting.render.terminal import show

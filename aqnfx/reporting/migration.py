@@ -9,20 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
+from aqnfx.artifacts import Schema, json_text, jsonable, write_all
 from aqnfx.diagnosis.mapped import map_facts, perturbation
 from aqnfx.diagnosis.recommend import nothing_distinguishable
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
+from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.planning.divergences import SIGNIFICANT
 from aqnfx.planning.migration import ACTIONS, MigrationStep
-from aqnfx.reporting.artifacts import json_text, write_all
 from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, on_page, say
 from aqnfx.reporting.kinds import TEXT
 from aqnfx.reporting.method import provenance_blocks
 from aqnfx.reporting.render.markdown import markdown
 from aqnfx.reporting.render.terminal import show
 from aqnfx.reporting.text import factor, factor_range, nats, percent, percent_range
-
-SCHEMA = "aqnfx.migration/1"
 
 
 def migration_record(
@@ -36,7 +34,7 @@ def migration_record(
     if nothing_distinguishable(smap):
         notes.append("Nothing in the map is distinguishable from noise-free: a larger --samples or a higher level says more.")
     record: dict[str, Any] = jsonable({
-        "schema": SCHEMA, "model": dict(smap.model if model is None else model), "map": map_facts(smap),
+        "schema": Schema.MIGRATION, "model": dict(smap.model if model is None else model), "map": map_facts(smap),
         "actions": {str(priority): action for priority, action in ACTIONS.items()},
         "steps": [step.to_record() for step in steps],
         "divergences": {} if divergences is None else {"thresholds": list(thresholds), "sites": dict(divergences)},

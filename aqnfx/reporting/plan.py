@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from aqnfx.artifacts import json_text, write_all
 from aqnfx.errors import InputError
 from aqnfx.planning.placement import where
 from aqnfx.planning.precision_plan import PrecisionPlan
-from aqnfx.reporting.artifacts import json_text, write_all
 from aqnfx.reporting.blocks import (
     Block,
     Bullets,

@@ -8,17 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
+from aqnfx.artifacts import Schema, check_output_dir, json_text, jsonable, read_json, write_all
 from aqnfx.diagnosis.recommend import recommend
-from aqnfx.diagnosis.sensitivity import SCHEMA as MAP_SCHEMA
-from aqnfx.diagnosis.sensitivity import SensitivityMap, jsonable
-from aqnfx.reporting.artifacts import check_output_dir, json_text, read_json, write_all
+from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.reporting.prediction import prediction_record
 from aqnfx.reporting.render.markdown import markdown
 from aqnfx.reporting.render.terminal import show
 from aqnfx.reporting.sensitivity import map_blocks
 from aqnfx.reporting.summary import summary_sentences, title
 
-SCHEMA = "aqnfx.diagnosis/1"
 FILES = {"map": "sensitivity_map.json", "report": "report.json", "markdown": "report.md"}
 COST_KEYS = (
     "seconds", "runs", "tokens_per_second", "shares", "peak_memory_mib", "compile", "predict", "activations", "metric",
@@ -37,7 +35,7 @@ def build_report(smap: SensitivityMap) -> dict[str, Any]:
         for key, entry in smap.per_layer_detail.items()
     }
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": Schema.DIAGNOSIS,
         "title": title(smap),
         "partial": smap.partial,
         "summary": summary_sentences(smap),
@@ -98,7 +96,7 @@ def load_map(path: str | os.PathLike[str]) -> SensitivityMap:
     """
     place = Path(path)
     place = place / FILES["map"] if place.is_dir() else place
-    return SensitivityMap.from_record(read_json(place, schema=MAP_SCHEMA))
+    return SensitivityMap.from_record(read_json(place, schema=Schema.SENSITIVITY))
 
 
 def _cell(values: dict[str, Any]) -> dict[str, Any]:

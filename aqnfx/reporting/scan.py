@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from aqnfx.artifacts import check_output_dir, json_text, write_all
 from aqnfx.diagnosis.scan import Scan
 from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
-from aqnfx.reporting.artifacts import check_output_dir, json_text, write_all
 from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Note, Place, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import CLASS, COUNT, DECIBEL, NUMBER, PERCENT, TEXT, fixed
 from aqnfx.reporting.method import provenance_blocks

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from aqnfx.artifacts import Schema
 from aqnfx.errors import printable
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
@@ -28,7 +29,7 @@ def structure_record(program: Program) -> dict[str, Any]:
     groups = _groups(program)
     outside = collections.Counter(s.region for s in groups.get(None, []))
     return {
-        "schema": "aqnfx.structure/1",
+        "schema": Schema.STRUCTURE,
         "model": {k: v for k, v in program.source.items() if k != "origin"},
         "trace_seconds": program.source.get("trace_seconds"),
         "fingerprint": program.original,

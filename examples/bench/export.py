@@ -18,6 +18,7 @@ from common import finish
 from torch import Tensor, nn
 
 import aqnfx
+from aqnfx.artifacts import write_json
 from aqnfx.data import embedded_model, embedded_problems
 from aqnfx.export.job import Job
 from aqnfx.export.targets import TARGETS
@@ -25,7 +26,6 @@ from aqnfx.graph.assignments import Assignment
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.loading import load_model
 from aqnfx.planning.precision_plan import PrecisionPlan
-from aqnfx.reporting.artifacts import write_json
 
 CASES: tuple[tuple[str, str, str | None, dict[str, str]], ...] = (
     ("torchao", "int8:row", None, {}),

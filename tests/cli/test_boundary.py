@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from aqnfx.artifacts import json_text, read_text, write_all
 from aqnfx.cli.boundary import EPILOG, MEANING, Code, judge, run
 from aqnfx.cli.places import check_outputs, claimed_directory, output_directory
 from aqnfx.cli.signals import Signals
 from aqnfx.errors import InputError, Interrupted
 from aqnfx.reporting import artifacts
-from aqnfx.reporting.artifacts import json_text, read_text, write_all
 
 
 class OutOfMemoryError(RuntimeError):
@@ -120,7 +120,7 @@ def test_a_signal_waits_until_files_are_in_place(tmp_path: Path, monkeypatch: py
         signal.raise_signal(signal.SIGTERM)
         real(source, target)
 
-    monkeypatch.setattr("aqnfx.reporting.artifacts.os.replace", replace)
+    monkeypatch.setattr("aqnfx.artifacts.os.replace", replace)
 
     def work() -> None:
         write_all({tmp_path / "a.json": "a", tmp_path / "a.md": "b"})
@@ -143,7 +143,7 @@ def test_a_full_disk_replaces_none_of_several_files(tmp_path: Path, monkeypatch:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr("aqnfx.reporting.artifacts.os.fsync", fsync)
+    monkeypatch.setattr("aqnfx.artifacts.os.fsync", fsync)
     with pytest.raises(InputError, match=r"report\.md: No space left"):
         write_all(files)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {path.name: "old" for path in files}

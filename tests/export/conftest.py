@@ -11,13 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import aqnfx
+from aqnfx.artifacts import write_json
 from aqnfx.export.job import Job
 from aqnfx.graph.assignments import Assignment
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.planning.precision_plan import PrecisionPlan
-from aqnfx.reporting.artifacts import write_json
 from tests.families import build, inputs
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

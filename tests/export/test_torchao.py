@@ -13,6 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModelForCausalLM
 
 import aqnfx
+from aqnfx.artifacts import write_json
 from aqnfx.errors import InputError
 from aqnfx.export.targets import export_plan
 from aqnfx.export.torchao import export_torchao, fqn_config
@@ -20,7 +21,6 @@ from aqnfx.graph.assignments import Assignment
 from aqnfx.graph.frontend import model_digest
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.planning.precision_plan import PrecisionPlan
-from aqnfx.reporting.artifacts import write_json
 from tests.export.conftest import Case, batch, kl
 from tests.families import build
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import aqnfx
 from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph.blocks import cut, lower
-from aqnfx.graph.calibration import SCHEMA, read_ranges
+from aqnfx.graph.calibration import read_ranges
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import attribute
@@ -402,7 +402,7 @@ def test_the_way_back_uses_the_levels_of_its_way_forward():
 # Calibration -----------------------------------------------------------------------------------------------------------
 
 
-def scan(directory: Path, ranges: object, schema: str = SCHEMA) -> Path:
+def scan(directory: Path, ranges: object, schema: str = "aqnfx.scan/1") -> Path:
     path = directory / "scan.json"
     path.write_text(json.dumps({"schema": schema, "ranges": ranges}))
     return path

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from aqnfx.artifacts import Schema
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
-from aqnfx.planning.divergences import SCHEMA, parse_divergences
+from aqnfx.planning.divergences import parse_divergences
 from aqnfx.planning.migration import MigrationStep, migration_plan
 from aqnfx.reporting.migration import migration_markdown, migration_record, print_migration
 from tests.diagnosis.synthetic_run import run
@@ -192,9 +193,9 @@ def test_unknown_names_are_refused(smap: SensitivityMap) -> None:
     [
         ([], "expected schema"), ({"sites": {"a": 1}}, "expected schema"),
         ({"schema": "aqnfx.divergences/2", "sites": {"a": 1}}, "found 'aqnfx.divergences/2'"),
-        ({"schema": SCHEMA}, "'sites' must be an object"), ({"schema": SCHEMA, "sites": {}}, "not empty"),
-        ({"schema": SCHEMA, "sites": ["a"]}, "'sites' must be an object"),
-        *(({"schema": SCHEMA, "sites": {"a": bad}}, "'a': ") for bad in (True, "1", -0.1, None, float("inf"), [0.1])),
+        ({"schema": Schema.DIVERGENCES}, "'sites' must be an object"), ({"schema": Schema.DIVERGENCES, "sites": {}}, "not empty"),
+        ({"schema": Schema.DIVERGENCES, "sites": ["a"]}, "'sites' must be an object"),
+        *(({"schema": Schema.DIVERGENCES, "sites": {"a": bad}}, "'a': ") for bad in (True, "1", -0.1, None, float("inf"), [0.1])),
     ],
 )  # fmt: skip
 def test_divergences_that_are_none(record: Any, found: str) -> None:

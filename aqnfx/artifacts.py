@@ -10,10 +10,27 @@ import stat
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from aqnfx.errors import ArtifactError, InputError
+
+
+class Schema(StrEnum):
+    """The schemas of the project's files, by what they hold."""
+
+    SENSITIVITY = "aqnfx.sensitivity/1"
+    DIAGNOSIS = "aqnfx.diagnosis/1"
+    PLAN = "aqnfx.plan/1"
+    SCAN = "aqnfx.scan/1"
+    ANALYSIS = "aqnfx.analysis/1"
+    STRUCTURE = "aqnfx.structure/1"
+    MIGRATION = "aqnfx.migration/1"
+    DIVERGENCES = "aqnfx.divergences/1"
+    JOURNAL = "aqnfx.journal/1"
+
 
 MOST_BYTES = 1 << 30
 """Largest file that is read as an artifact."""
@@ -23,6 +40,32 @@ _MOVING = threading.Event()
 def moving() -> bool:
     """Return whether files are being moved into place at this moment: what could interrupt it should wait."""
     return _MOVING.is_set()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of ``packages`` and of this one, as artifacts record them."""
+    import aqnfx
+
+    return {**{package: version(package) for package in packages}, "aqnfx": aqnfx.__version__}
+
+
+def jsonable(value: Any) -> Any:
+    """Return a copy of nested values as JSON has them.
+
+    NaN and infinities become ``None``, tuples lists, NumPy scalars numbers, keys and anything else (a path, a dtype)
+    text: a long run must not end in a report that cannot be written.
+    """
+    import numpy as np  # not at the top: the command line reads no numbers before it knows what to do
+
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def json_text(path: str | os.PathLike[str], record: Mapping[str, Any]) -> str:
@@ -113,7 +156,7 @@ def read_json(path: str | os.PathLike[str], *, schema: str | None = None) -> dic
     found = record.get("schema")
     if schema is not None and found != schema:
         what = f"found {found!r}" if "schema" in record else "the file names no schema"
-        raise ArtifactError(f"{path}: expected schema {schema!r}, {what}")
+        raise ArtifactError(f"{path}: expected schema {str(schema)!r}, {what}")
     return record
 
 

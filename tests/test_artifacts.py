@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from aqnfx.artifacts import check_output_dir, read_json, write_json, write_text
 from aqnfx.errors import ArtifactError, InputError
-from aqnfx.reporting.artifacts import check_output_dir, read_json, write_json, write_text
 
 
 def only_file(directory: Path, name: str) -> None:
