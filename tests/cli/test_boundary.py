@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from aqnfx import artifacts
 from aqnfx.artifacts import json_text, read_text, write_all
 from aqnfx.cli.boundary import EPILOG, MEANING, Code, judge, run
 from aqnfx.cli.places import check_outputs, claimed_directory, output_directory
 from aqnfx.cli.signals import Signals
 from aqnfx.errors import InputError, Interrupted
-from aqnfx.reporting import artifacts
 
 
 class OutOfMemoryError(RuntimeError):
