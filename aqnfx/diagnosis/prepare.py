@@ -90,7 +90,7 @@ def prepare(
         )  # fmt: skip
         raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
     else:
-        model = unwrap(model)
+        model = cast("nn.Module | Program", unwrap(model))
         _check_place(model, options.device)
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))

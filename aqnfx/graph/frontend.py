@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ def trace(
     elif allow_missing:
         raise InputError("allow_missing is for models that are loaded here; the given one has its weights, leave it out")
     else:
-        model = unwrap(model)
+        model = cast("nn.Module | ExportedProgram", unwrap(model))
         name = getattr(model, "name_or_path", "") or type(model).__name__
     if isinstance(model, nn.Module) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise TraceError(

@@ -1,4 +1,4 @@
-"""Models come wrapped: by DataParallel, DDP, torch.compile or PEFT. What is inside is the model, with the names of its checkpoint."""
+"""Models come wrapped: by DataParallel, DDP, torch.compile or PEFT. The model is what is inside, by its checkpoint's names."""
 
 from __future__ import annotations
 
@@ -21,21 +21,30 @@ def unwrap(model: Any) -> Any:
 
     The layers of an adapter stay where PEFT put them. Raises :class:`TraceError` for FSDP, whose weights are pieces.
     """
-    while isinstance(model, nn.Module):
-        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__):
-            raise TraceError(
-                "the model is wrapped in FSDP, whose weights are pieces spread over processes; gather them "
-                "(a full state dict), load them into the model itself, and give that"
-            )
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            break
-    return model
+    return layers_of_wrapping(model)[-1]
+
+
+def layers_of_wrapping(model: Any) -> list[Any]:
+    """Return the model as it is given, what is inside of that, and so on to the model itself; raises as :func:`unwrap`."""
+    found = [model]
+    while (inner := _inside(found[-1])) is not None:
+        found.append(inner)
+    return found
+
+
+def _inside(model: Any) -> Any:
+    if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(model).__mro__):
+        raise TraceError(
+            "the model is wrapped in FSDP, whose weights are pieces spread over processes; gather them (a full state dict), "
+            "load them into the model itself, and give that"
+        )
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    if is_adapter(f"{type(model).__module__}.") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return None
 
 
 def own_name(name: str, *, adapted: bool = False) -> str:
