@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import typer
 
 from aqnfx.cli.common import MISSING_HELP, words
-from aqnfx.errors import InputError, nearest
+from aqnfx.errors import InputError
 
 
 def _numbers(text: str | None, kind: type, option: str) -> tuple[Any, ...] | None:
@@ -22,30 +22,11 @@ def _numbers(text: str | None, kind: type, option: str) -> tuple[Any, ...] | Non
 
 def _config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the values of a YAML file as defaults of the flags, which go first."""
-    if path is None:
-        return None
-    import yaml
+    if path is not None:
+        from aqnfx.cli.config import read_config
 
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} must be a mapping of option names to values, found {type(loaded).__name__}")
-    names = {p.name for p in context.command.params if p.name} - {"config"}
-    aliases = {"json": "json_output", "compile": "compile_mode"}
-    values = {}
-    for key, value in loaded.items():
-        name = aliases.get(str(key), str(key).replace("-", "_"))
-        if name not in names:
-            flags = {next((a for a, full in aliases.items() if full == n), n).replace("_", "-") for n in names}
-            raise InputError(f"{path}: unknown option {key!r}{nearest(str(key), sorted(flags))}")
-        if name == "compile_mode" and isinstance(value, bool):
-            value = "yes" if value else "no"  # YAML reads yes and no as truth values
-        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
-    context.default_map = {**(context.default_map or {}), **values}
+        types = {name: kind for name, kind in get_type_hints(command).items() if name not in ("config", "return")}
+        context.default_map = {**(context.default_map or {}), **read_config(path, types)}
     return path
 
 

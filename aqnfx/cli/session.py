@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import stat
 import sys
 import warnings
 from pathlib import Path
@@ -97,11 +98,13 @@ def _diagnose(
 def check_data(data: Path) -> None:
     """Raise :class:`InputError` where a data file is not there, or cannot be looked at."""
     try:
-        data.stat()
+        mode = data.stat().st_mode
     except FileNotFoundError as error:
         raise InputError(f"data file {data} does not exist") from error
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the data file {data}: {getattr(error, 'strerror', None) or error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # whoever reads it says what a directory must hold
+        raise InputError(f"cannot read the data file {data}: it is a device or a pipe; write what it gives to a file")
 
 
 def run_forecast(model: str, data: Path, options: dict[str, Any], *, json_output: bool) -> None:

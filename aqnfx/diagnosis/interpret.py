@@ -185,7 +185,7 @@ def _notes(m: Measurements, scores: SampleScores, est: Estimates) -> list[str]:
         )
     if "settled_probes" in m.provenance:
         least, most = int(est.samples.min()), int(est.samples.max())
-        settled, runs, wanted = (m.provenance[k] for k in ("settled_probes", "runs", "wanted_runs"))
+        settled, runs, wanted = (m.provenance[k] for k in ("settled_probes", "all_runs", "wanted_runs"))
         late = "; the time was over before the rest was" if m.provenance["out_of_time"] else ""
         notes.append(
             f"Samples went where they were needed: {least} to {most} per probe, {settled} of {len(m.probes)} probes settled"

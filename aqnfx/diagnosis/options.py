@@ -24,6 +24,13 @@ DEFAULT_WINDOW = 3
 EXECUTORS = ("process", "devices", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 METHODS = ("predict", "measure", "both")
+MOST = {
+    "samples": 10**7, "eval_samples": 10**7, "seeds": 10**4, "batch_size": 10**6, "window": 10**5, "step": 10**5,
+    "max_length": 10**7, "draws": 10**4, "workers": 10**4, "max_new_tokens": 10**6, "pareto": 1000,
+}  # fmt: skip
+"""Largest counts that can be meant: beyond them a run would not end in a lifetime, or no machine could hold it."""
+MOST_SEED = 2**62
+MOST_BYTES = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +118,9 @@ class Options:
             if not isinstance(value, numbers.Integral) or isinstance(value, bool):
                 raise InputError(f"{name} must be a whole number, found {value!r}")
             if value < 1:
-                raise InputError(f"{name} {value} must be at least 1")
-        if not isinstance(self.seed, numbers.Integral):
-            raise InputError(f"seed must be a whole number, found {self.seed!r}")
+                raise InputError(f"{name} {shown(value)} must be at least 1")
+            check_most(name, int(value))
+        check_seed(self.seed)
         _one_of("compile", self.compile, ("auto", "yes", "no"))
         if self.executor not in EXECUTORS and not str(self.executor).startswith("ray://"):
             raise InputError(f"executor {self.executor!r} is not one of {', '.join(EXECUTORS)}, ray://HOST:PORT")
@@ -209,6 +216,29 @@ class Options:
         return ",".join(f"{field}:{value}" for field, value in parts.items() if value)
 
 
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: a long one by its beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def check_most(name: str, value: int) -> None:
+    """Raise :class:`InputError` for a count beyond what can be meant."""
+    if value > MOST[name]:
+        raise InputError(f"{name} {shown(value)} must be at most {MOST[name]:,}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise :class:`InputError` for what is no seed."""
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise InputError(f"seed must be a whole number, found {shown(seed)}")
+    if not -MOST_SEED <= int(seed) <= MOST_SEED:
+        raise InputError(f"seed {shown(seed)} must be between -2^62 and 2^62")
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -217,9 +247,13 @@ def byte_count(name: str, value: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
     if isinstance(value, bool) or not match or match[2].upper() not in _UNITS:
         raise InputError(f"{name} {value!r} is not a number of bytes; write for example 512MiB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    found = float(match[1]) * _UNITS[match[2].upper()]
+    if found > MOST_BYTES:
+        raise InputError(f"{name} {shown(value)} is more than any machine has; write for example 512MiB or 2GiB")
+    return int(found)
 
 
+MOST_SECONDS = 366 * 86400.0
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
@@ -228,13 +262,16 @@ def duration(name: str, value: str | float) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip())
     if isinstance(value, bool) or not match or match[2] not in _SECONDS or not float(match[1]) > 0:
         raise InputError(f"{name} {value!r} is not a time; write for example 90s, 10m or 2h")
-    return float(match[1]) * _SECONDS[match[2]]
+    found = float(match[1]) * _SECONDS[match[2]]
+    if found > MOST_SECONDS:
+        raise InputError(f"{name} {shown(value)} is longer than a year; write for example 90s, 10m or 2h")
+    return found
 
 
 def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
-        raise InputError(f"{name} {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+        raise InputError(f"{name} {shown(value)} is not one of {', '.join(known)}{nearest(str(value)[:80], known)}")
 
 
 def _levels(values: Any) -> tuple[float, ...]:

@@ -22,7 +22,6 @@ from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
-from aqnfx.graph.wrappers import unwrap
 from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.passes.perturbing import insert
 from aqnfx.passes.pipeline import Pipeline
@@ -90,7 +89,6 @@ def prepare(
         )  # fmt: skip
         raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
     else:
-        model = cast("nn.Module | Program", unwrap(model))
         _check_place(model, options.device)
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))

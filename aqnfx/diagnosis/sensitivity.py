@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from aqnfx.artifacts import Schema, jsonable
 from aqnfx.errors import ArtifactError
@@ -49,8 +49,79 @@ class _Window(_Part):
     amplification: float | None
 
 
+_Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+
+
+class _Values(_Part):
+    """Numbers of a probe at one level; a version may have fewer of them."""
+
+    kl: float | None = None
+    ci: _Interval = [None, None]
+    degradation: float | None = None
+    degradation_ci: _Interval = [None, None]
+    score: float | None = None
+    score_ci: _Interval = [None, None]
+    class_: str = Field(alias="class", default="undefined")
+
+
 class _Detail(_Part):
-    levels: dict[str, dict[str, Any]]
+    levels: dict[str, _Values]
+
+
+class _Row(_Part):
+    """A row of a ranking."""
+
+    key: str
+    degradation: float | None
+    degradation_ci: _Interval
+    kl: float | None
+    kl_ci: _Interval = [None, None]
+    score: float | None
+    score_ci: _Interval
+    class_: str = Field(alias="class")
+    critical: bool
+    distinguishable: bool
+    tied_with_next: bool
+
+    @model_validator(mode="after")
+    def _classified(self) -> _Row:
+        if self.score is None and (self.critical or self.class_ != "undefined"):
+            raise ValueError(f"class {self.class_!r} without a score")
+        return self
+
+
+class _Statistics(_Part):
+    confidence: float = Field(gt=0, lt=1, default=0.95)
+
+
+class _Threshold(_Part):
+    operators: dict[str, float | None] = {}
+    layers: dict[str, float | None] = {}
+
+
+class _Trace(_Part):
+    value: float | None
+    error: float | None
+    mean: float | None
+    size: int = Field(ge=1)
+
+
+class _Provenance(_Part):
+    """What is calculated with; everything else is only shown."""
+
+    seconds: float | None = None
+    total_seconds: float | None = None
+    trace_seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_mib: float | None = None
+    runs: int | None = None
+    shares: dict[str, float] = {}
+
+
+class _None(BaseModel):
+    """Nothing of that kind was asked for."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class _Agreement(_Part):
@@ -69,16 +140,16 @@ class _Channels(_Part):
 
 
 class _Weights(_Part):
-    metric: str = ""
+    metric: str
     source: str = ""
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, _Trace]
 
 
 class _Sqnr(_Part):
-    format: str = ""
-    sites: int = 0
-    spearman: float | None = None
-    misled: list[dict[str, Any]] = []
+    format: str
+    sites: int = Field(ge=0)
+    spearman: float | None
+    misled: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,24 +173,24 @@ class SensitivityMap:
     windows: Annotated[list[dict[str, Any]], list[_Window]]
     partial: bool = False
     baseline: dict[str, Any] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
+    statistics: Annotated[dict[str, Any], _Statistics] = field(default_factory=dict)
     per_operator_kl: dict[str, float | None] = field(default_factory=dict)
     per_layer_kl: dict[str, float | None] = field(default_factory=dict)
     per_operator_detail: Annotated[dict[str, Any], dict[str, _Detail]] = field(default_factory=dict)
     per_layer_detail: Annotated[dict[str, Any], dict[str, _Detail]] = field(default_factory=dict)
     all_sites: dict[str, Any] = field(default_factory=dict)
-    ranking: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ranking: Annotated[dict[str, list[dict[str, Any]]], dict[str, list[_Row]]] = field(default_factory=dict)
     channels: Annotated[dict[str, Any], dict[str, _Channels]] = field(default_factory=dict)
     critical_layers: list[int | str] = field(default_factory=list)
     critical_ops: list[str] = field(default_factory=list)
     avalanche_points: list[list[int | str]] = field(default_factory=list)
-    critical_threshold: dict[str, Any] = field(default_factory=dict)
+    critical_threshold: Annotated[dict[str, Any], _Threshold] = field(default_factory=dict)
     method: str = "measure"
     agreement: Annotated[dict[str, Any], dict[str, _Agreement]] = field(default_factory=dict)
-    weights: Annotated[dict[str, Any], _Weights] = field(default_factory=dict)
-    sqnr: Annotated[dict[str, Any], _Sqnr] = field(default_factory=dict)
+    weights: Annotated[dict[str, Any], _Weights | _None] = field(default_factory=dict)
+    sqnr: Annotated[dict[str, Any], _Sqnr | _None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Annotated[dict[str, Any], _Provenance] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -228,6 +299,6 @@ def layer_label(label: str) -> int | str:
 
 def _first_error(error: ValidationError) -> str:
     details = error.errors(include_url=False, include_context=False)
-    where = ".".join(str(part) for part in details[0]["loc"])
+    where = ".".join(str(part) for part in details[0]["loc"] if not str(part).startswith("_"))  # of unions, the record's name
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     return f"{where}: {details[0]['msg']}{more}"

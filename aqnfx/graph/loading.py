@@ -41,6 +41,7 @@ def load_model(
     _check_place(path, name)
     with _in_one_line(name):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _check_depth(config)
         cls = model_class(config)
         _check_quantisation(config)
         directory = fetched(path)
@@ -111,6 +112,18 @@ def _causal_class(config: Any) -> list[str]:
         return [str(own.__name__)]
     except (KeyError, AttributeError):
         return []
+
+
+MOST_LAYERS = 2000
+"""Layers that a model is built with: the modules of a million, without any weights, take minutes and gigabytes."""
+
+
+def _check_depth(config: Any) -> None:
+    for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
+        for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+            layers = getattr(part, name, None)
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise ModelError(f"config.json says {name} {str(layers)[:40]}; at most {MOST_LAYERS} are built, so correct it")
 
 
 def _check_quantisation(config: Any) -> None:

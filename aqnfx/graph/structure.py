@@ -186,11 +186,17 @@ def structure(
     )  # fmt: skip
 
 
+MOST = 10**7
+"""Largest batch, and most tokens, that can be meant."""
+
+
 def check_options(*, batch: int | None, tokens: int | None, balance: float) -> None:
     """Raise :class:`InputError` for what :func:`structure` cannot take whatever the program is."""
     for name, value in (("batch", batch), ("tokens", tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be at least 1")
+        if value is not None and value > MOST:
+            raise InputError(f"{name} {str(value)[:40]} must be at most {MOST:,}")
     if not (balance > 0 and math.isfinite(balance)):
         raise InputError(f"the machine's balance {balance} must be a positive number of FLOP per byte")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aqnfx.diagnosis.options import DTYPES, byte_count
+from aqnfx.diagnosis.options import DTYPES, byte_count, check_most, check_seed, shown
 from aqnfx.errors import InputError, nearest
 from aqnfx.numerics.formats import parse_format
 from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_choice, parse_menu
@@ -100,10 +100,18 @@ class PlanOptions:
             byte_count("bytes", self.bytes)
         for name in ("draws", "samples", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
+                raise InputError(f"{name} must be a whole number of at least 1, found {shown(getattr(self, name))}")
+            check_most(name, getattr(self, name))
+        check_seed(self.seed)
         for name in ("eval_samples", "pareto", "seed"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise InputError(f"{name} must be a whole number and not negative, found {getattr(self, name)!r}")
+                raise InputError(f"{name} must be a whole number and not negative, found {shown(getattr(self, name))}")
+            if name != "seed":
+                check_most(name, getattr(self, name))
+        if self.max_length is not None:
+            if not isinstance(self.max_length, int) or self.max_length < 1:
+                raise InputError(f"max_length must be a whole number of at least 1, found {shown(self.max_length)}")
+            check_most("max_length", self.max_length)
         for name, value, known in (
             ("couple", self.couple, COUPLE), ("partial groups", self.partial, PARTIAL), ("dtype", self.dtype, DTYPES),
         ):  # fmt: skip

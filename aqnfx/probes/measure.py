@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aqnfx.errors import InputError, Interrupted, ProbeError
+from aqnfx.errors import ArtifactError, InputError, Interrupted, ProbeError
 from aqnfx.graph.program import Program
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.data import Batch
@@ -139,6 +139,8 @@ def measure(
     started, total = time.perf_counter(), sweep.size * len(batches)
     compiled_before = getattr(worker.engine, "compile_seconds", 0.0)
     deadline = math.inf if seconds is None else started + seconds
+    if journal is not None:
+        _check_items(journal, sweep, batches)
     done = {} if journal is None else dict(journal.items)
     state = _State(sweep, batches, journal, done, rule=rule, deadline=deadline)
     resumed, tell, interrupted = state.runs, progress or (lambda _done, _total: None), True
@@ -164,8 +166,29 @@ def measure(
         parts = {"compile": compiling, "run": worker.seconds["run"] - compiling, "statistics": worker.seconds["statistics"]}
         facts["shares"] = {name: value / seconds_spent for name, value in parts.items()}
     if rule is not None or seconds is not None:
-        facts |= {"wanted_runs": total, "settled_probes": len(state.settled), "out_of_time": state.late}
+        ended = len(state.done) + len(state.failed)
+        facts |= {"all_runs": ended, "wanted_runs": total, "settled_probes": len(state.settled), "out_of_time": state.late}
     return _collect(state, program, interrupted, noise_kind, {**(provenance or {}), **facts})
+
+
+_OF_CLEAN, _OF_NOISY = {"nll", "tokens"}, {"kl", "nll", "top1"}
+
+
+def _check_items(journal: Journal | Part, sweep: Sweep, batches: Sequence[Batch]) -> None:
+    """Raise :class:`ArtifactError` where an item of a journal is not one of this sweep, whatever its checksum says."""
+    sizes = (len(batches), len(sweep.probes), len(sweep.levels), len(sweep.seeds))
+    for item, scores in [*journal.items.items(), *((failed, None) for failed in journal.failed)]:
+        outside = any(number >= size for number, size in zip(item, sizes, strict=True)) or (item[1] < 0 and item[2:] != (0, 0))
+        if outside:
+            raise ArtifactError(f"the journal holds item {list(item)}, which this run has not; remove it to start again")
+        if scores is None:
+            continue
+        missing = (_OF_CLEAN if item[1] < 0 else _OF_NOISY) - scores.keys()
+        size = batches[item[0]].size
+        wrong = next((name for name, values in scores.items() if len(values) != size), None)
+        if missing or wrong is not None:
+            what = f"no {sorted(missing)[0]}" if missing else f"{len(scores[str(wrong)])} values of {wrong} for {size} samples"
+            raise ArtifactError(f"the journal holds {what} in item {list(item)}; remove it to start again")
 
 
 def _collect(

@@ -66,7 +66,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown device": (["--device", "warp"], ["warp"]),
     "unknown option": (["--windows", "3"], ["--windows", "--window"]),
     "nothing to resume": (["--resume"], ["no unfinished run to resume"]),
-    "no such config": (["--config", "{root}/nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    "no such config": (["--config", "{root}/nowhere.yaml"], ["nowhere.yaml", "no such file"]),
 }  # fmt: skip
 
 
@@ -149,6 +149,14 @@ def test_a_journal_that_is_none(aqnfx: Aqnfx, place: Place, tmp_path: Path, cont
         ("", ["must be a mapping", "NoneType"]),
         ("window: wide\n", ["window", "integer"]),
         ("levels: [a, b]\n", ["--levels 'a,b'"]),
+        ("samples: true\n", ["samples must be a whole number", "found True"]),
+        ("samples: 2001-02-03\n", ["samples must be a whole number", "2001-02-03"]),
+        ("pack: 1\n", ["pack must be true or false"]),
+        ("levels: [[0.1]]\n", ["levels must be a text, a number, or a list"]),
+        ("stop: {a: b}\n", ["stop must be a text, or a list of them", "a mapping"]),
+        ("stop: [END, STOP]\n", ["stop is for task generate"]),  # read, and refused for what it says
+        ("window: !!bool x\n", ["is not YAML"]),
+        ("samples: 99999999999999999999\n", ["samples 99999999999999999999 must be at most 10,000,000"]),
         ("!!python/object/apply:os.system ['true']\n", ["is not YAML"]),
     ],
 )

@@ -75,7 +75,7 @@ def test_map_does_not_share_with_its_record() -> None:
         ({"method": 1}, "method"),
         ({"windows": [{"layers": [0], "measured": "x", "predicted": None, "amplification": None}]}, r"windows\.0\.measured"),
         ({"per_layer_detail": {"3": {"levels": {"0.1": 3}}}}, r"per_layer_detail\.3\.levels\.0\.1"),
-        ({"sqnr": {"sites": "many"}}, r"sqnr\.sites"),
+        ({"sqnr": {"sites": "many"}}, r"sqnr\.format"),
         ({"avalanche_points": [3]}, r"avalanche_points\.0"),
     ],
 )

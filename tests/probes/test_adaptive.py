@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from aqnfx.diagnosis.estimates import Options as Intervals
 from aqnfx.diagnosis.estimates import paired_p, ratios, share
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.errors import InputError
+from aqnfx.errors import ArtifactError, InputError
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.measurements import Probe
 from aqnfx.probes.work import Item, Scores, Sweep, clean_item
@@ -160,3 +162,21 @@ def test_times() -> None:
     assert Options(budget=30).budget_seconds == 30.0
     assert Options(budget="2h").budget_seconds == 7200.0
     assert Options().budget_seconds is None
+
+
+def test_a_resumed_adaptive_run_counts_all_of_its_runs(directory: Path, tmp_path: Path) -> None:
+    whole = run(directory, TEXT * 20, Options(**QUICK, adaptive=True), journal=tmp_path / "j")
+    assert whole.provenance["all_runs"] == whole.provenance["runs"]
+    lines = (tmp_path / "j").read_bytes().splitlines(keepends=True)
+    (tmp_path / "j").write_bytes(b"".join(lines[: len(lines) // 2]))
+    resumed = run(directory, TEXT * 20, Options(**QUICK, adaptive=True), journal=tmp_path / "j")
+    assert resumed.provenance["runs"] < resumed.provenance["all_runs"] == whole.provenance["all_runs"]
+    told = [next(note for note in interpret(m).notes if "Samples went" in note) for m in (whole, resumed)]
+    assert told[0] == told[1]
+    assert f"({whole.provenance['runs']} runs" in told[0]
+    first, item = (tmp_path / "j").read_bytes().splitlines(keepends=True)[:2]
+    for change, words in (({"item": [99, -1, 0, 0]}, "which this run has not"), ({"scores": {"nll": [1.0]}}, "no tokens")):
+        body = json.dumps(json.loads(item[17:]) | change).encode()
+        (tmp_path / "j").write_bytes(first + hashlib.sha256(body).hexdigest()[:16].encode() + b" " + body + b"\n")
+        with pytest.raises(ArtifactError, match=words):
+            run(directory, TEXT * 20, Options(**QUICK, adaptive=True), journal=tmp_path / "j")
