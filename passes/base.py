@@ -19,12 +19,15 @@ from aqnfx.graph.verify import verify
 class Pass:
     """A graph rewrite; the dataclass fields are its options, ``name`` its kebab-case name (its file: verb_noun.py).
 
+    ``needs`` names the passes that must have run before it, ``not_after`` those that must not have.
+
     Subclasses implement :meth:`run`, which edits the forked program's graph, and may add :meth:`requires` (checks on
     the input) and :meth:`ensures` (checks on the result). A pass holds no state between runs.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    not_after: ClassVar[tuple[str, ...]] = ()
 
     def requires(self, program: Program) -> None:
         """Raise :class:`PassError` if the pass cannot run on ``program``."""
@@ -56,6 +59,8 @@ class Pass:
             raise PassError(
                 f"{self.name} needs {', '.join(missing)} to have run before it; history: {program.pipeline or '(none)'}"
             )
+        if late := next((other for other in self.not_after if program.ran(other)), None):
+            raise PassError(f"{self.name}: {late} has run; insert before lowering")
         self.requires(program)
         started = time.perf_counter()
         fork = program.fork()
@@ -73,7 +78,9 @@ class Pass:
 
 
 def format_option(value: Any) -> str:
-    """Return an option value in pipeline text; strings with separators are quoted."""
+    """Return an option value in pipeline text; strings with separators are quoted, the parts of a tuple joined by ``|``."""
+    if isinstance(value, tuple):
+        value = "|".join(map(str, value))
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -33,6 +33,7 @@ class InsertAccumulation(Pass):
 
     name: ClassVar[str] = "insert-accumulation"
     needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    not_after: ClassVar[tuple[str, ...]] = ("lower-ops",)
     where: str = "ops:linear"
     element: str = "bf16"
     every: int = 32
@@ -45,8 +46,6 @@ class InsertAccumulation(Pass):
             raise PassError(f"{self.name}: element {self.element!r} is not one of {', '.join(ACCUMULATORS)}")
         if self.every < 1:
             raise PassError(f"{self.name}: every {self.every} must be 1 or more elements")
-        if program.ran("lower-ops"):
-            raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
 
     def run(self, program: Program) -> None:
         """Insert the nodes and register their levels."""

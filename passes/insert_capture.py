@@ -39,6 +39,7 @@ class InsertCapture(Pass):
 
     name: ClassVar[str] = "insert-capture"
     needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    not_after: ClassVar[tuple[str, ...]] = ("lower-ops",)
     where: str = "ops:core"
     perturb: str = "bf16"
     values: bool = True
@@ -50,8 +51,6 @@ class InsertCapture(Pass):
             declared_change(self.perturb)
         if not (self.values or self.gradients):
             raise PassError(f"{self.name}: values=false leaves nothing to capture; add gradients=true")
-        if program.ran("lower-ops"):
-            raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
         # The graph and not the history: after strip the pass may run again.
         if any(node.target in CAPTURING for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has capture nodes already; strip first")

@@ -33,6 +33,7 @@ class InsertNoise(Pass):
 
     name: ClassVar[str] = "insert-noise"
     needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
+    not_after: ClassVar[tuple[str, ...]] = ("lower-ops",)
     where: str = "ops:core"
     level: float = 0.0
     seed: int = 0
@@ -50,8 +51,6 @@ class InsertNoise(Pass):
             raise PassError(f"{self.name}: phases {self.phases!r} is not one of forward, backward, both")
         if not 0.0 <= self.level < float("inf"):
             raise PassError(f"{self.name}: level {self.level} must be finite and not negative")
-        if program.ran("lower-ops"):
-            raise PassError(f"{self.name}: lower-ops has run; insert before lowering")
 
     def run(self, program: Program) -> None:
         """Insert the nodes and register their buffers."""

@@ -20,20 +20,20 @@ from aqnfx.passes.base import Pass, select_or_raise
 class InsertScan(Pass):
     """Put one ``aqnfx::scan`` node on every site that ``where`` selects, with accumulators of its own.
 
-    ``formats`` are names joined by ``|``. Positions with an ``attention_mask`` of 0 do not count where a site begins with
-    the sizes of that input and has its channels last; elsewhere (keys, values) every position counts.
+    ``formats`` are names, in pipeline text joined by ``|``. Positions with an ``attention_mask`` of 0 do not count where a
+    site begins with the sizes of that input and has its channels last; elsewhere (keys, values) every position counts.
     """
 
     name: ClassVar[str] = "insert-scan"
     needs: ClassVar[tuple[str, ...]] = ("tag-layers", "tag-ops")
     where: str = "ops:linear,roles:input"
-    formats: str = "int8"
+    formats: tuple[str, ...] = ("int8",)
 
     def requires(self, program: Program) -> None:
         """Check the options before anything is copied."""
         if not self.formats:
             raise PassError(f"{self.name}: no format was given; try formats=mxfp4|int8")
-        for name in self.formats.split("|"):
+        for name in self.formats:
             parse_format(name)
         if any(node.target is ScanCall.target for node in program.graph.nodes):
             raise PassError(f"{self.name}: the program has scan nodes already; strip first")
@@ -53,8 +53,8 @@ class InsertScan(Pass):
             covered = mask if last and isinstance(width, int) and any(covers(shape, value) for shape in shapes) else None
             buffers = [
                 control_buffer(module, f"scan_{index}_{part}", new.to(device), inserted_by=self.name, site=site.id)
-                for part, new in new_buffers(self.formats.count("|") + 1, width if isinstance(width, int) else 1).items()
+                for part, new in new_buffers(len(self.formats), width if isinstance(width, int) else 1).items()
             ]
             channel_dim = place.channel_dim if isinstance(width, int) else -1
-            args = (covered, *buffers, self.formats, place.dim, channel_dim)
+            args = (covered, *buffers, "|".join(self.formats), place.dim, channel_dim)
             insert_at(place, ScanCall.target, args, inserted_by=self.name, reroute=False)

@@ -36,7 +36,7 @@ class InsertScore(Pass):
     whose cost is accumulated, or a declared perturbation such as a number format; ``samples`` and ``draws`` the number of
     samples and of projection draws that there is room for, ``channels`` also accumulates per channel: of the last
     dimension, of the second after a convolution. ``perturb`` names declared perturbations
-    (:func:`~aqnfx.numerics.perturbations.declared_change`) by ``a|b``: per sample Σ g·δ of each. ``weights`` also
+    (:func:`~aqnfx.numerics.perturbations.declared_change`) (in pipeline text ``a|b``): per sample Σ g·δ of each. ``weights`` also
     scores every floating-point parameter: Σ g², for the Fisher trace. ``elements`` also accumulates Σ (g·δ)² of the declared
     perturbations, element by element, in the first draw.
     """
@@ -48,14 +48,14 @@ class InsertScore(Pass):
     samples: int = 1
     draws: int = 1
     channels: bool = True
-    perturb: str = ""
+    perturb: tuple[str, ...] = ()
     weights: bool = False
     elements: bool = False
 
     @property
     def perturbations(self) -> tuple[str, ...]:
         """The declared perturbations; a ``kind`` that is not random, as noise of kind ``bias``, is one of them."""
-        named = tuple(dict.fromkeys(name.strip() for name in self.perturb.split("|") if name.strip()))
+        named = tuple(dict.fromkeys(self.perturb))
         return named if perturbation(self.kind).random or self.kind in named else (self.kind, *named)
 
     def requires(self, program: Program) -> None:

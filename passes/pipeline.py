@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,17 @@ from aqnfx.passes.registry import pass_class
 _TOKEN = re.compile(r"""\s*(?P<key>[A-Za-z_]\w*)\s*=\s*(?P<value>"[^"]*"|'[^']*'|[^\s{}"'=]+)""")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Pipeline:
-    """Passes that run in order; itself callable like a pass."""
+    """Passes that run in order; itself callable like a pass.
+
+    Code that runs passes makes them: ``Pipeline([TagLayers(), TagOps()])``. The text form is for people and for records.
+    """
 
     passes: tuple[Pass, ...]
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
@@ -80,8 +87,12 @@ def _parse_pass(part: str) -> Pass:
 
 
 def _value(name: str, key: str, text: str, default: Any) -> Any:
-    if text[0] in "'\"":
-        return text[1:-1]
+    quoted = text[0] in "'\""
+    text = text[1:-1] if quoted else text
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split("|") if part.strip())
+    if quoted:
+        return text
     if isinstance(default, bool):
         if text not in ("true", "false"):
             raise PassError(f"{name}: {key}={text} must be true or false")

@@ -19,9 +19,11 @@ def command(
     from aqnfx.cli.terminal import Terminal
     from aqnfx.graph.frontend import trace
     from aqnfx.passes.pipeline import Pipeline
+    from aqnfx.passes.tag_layers import TagLayers
+    from aqnfx.passes.tag_ops import TagOps
     from aqnfx.reporting.structure import print_structure, structure_record
 
-    program = Pipeline.parse("tag-layers,tag-ops")(trace(model, allow_missing=words(allow_missing)))
+    program = Pipeline([TagLayers(), TagOps()])(trace(model, allow_missing=words(allow_missing)))
     if json_output:
         print(json.dumps(structure_record(program)))
         return

@@ -19,6 +19,8 @@ from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.passes.insert_capture import InsertCapture
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.tag_layers import TagLayers
+from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.capture import MODERATE, Captures, collect, own_rows
 from aqnfx.probes.data import Batch
 
@@ -75,7 +77,7 @@ class ActivationCapture:
         if self._program is not None:
             raise PassError("ActivationCapture: capture nodes are in place already; call remove_hooks() first")
         program = self.model if isinstance(self.model, Program) else trace(self.model, self.inputs)
-        program = Pipeline.parse("tag-layers,tag-ops")(program)
+        program = Pipeline([TagLayers(), TagOps()])(program)
         chosen = matching(program, self.layer_patterns)
         where = f"sites:{'|'.join(site.id for site in chosen)}"
         self._program = InsertCapture(where=where, perturb=self.perturb, gradients=self.gradients)(program)

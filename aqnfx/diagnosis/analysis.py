@@ -25,7 +25,6 @@ from aqnfx.graph.sites import Role
 from aqnfx.graph.structure import BALANCE, Structure, check_options, structure
 from aqnfx.graph.tags import static_size
 from aqnfx.numerics.formats import parse_format
-from aqnfx.passes.pipeline import Pipeline
 
 TOP = 10
 BATCH, TOKENS = 1, 128
@@ -96,7 +95,7 @@ def analyze(
     program = (
         model if isinstance(model, Program) else trace_for(model, lengths, dtype="auto", allow_missing=allow_missing)
     )
-    tagged = Pipeline.parse(TAGS)(program) if smap is None else as_probed(program, smap)
+    tagged = TAGS(program) if smap is None else as_probed(program, smap)
     batch, tokens = _sizes(tagged, batch, tokens)
     found = structure(tagged, batch=batch, tokens=tokens, balance=balance)
     about = {key: value for key, value in tagged.source.items() if key != "origin"}

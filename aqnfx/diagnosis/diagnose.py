@@ -25,8 +25,12 @@ from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
+from aqnfx.passes.decompose_attention import DecomposeAttention
+from aqnfx.passes.insert_capture import InsertCapture
+from aqnfx.passes.insert_score import InsertScore
 from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.checkpoint import checkpointed
@@ -257,8 +261,8 @@ def _weight_traces(
     if options.metric == "fisher-trace":
         return fisher_traces(predictions or _predict(ready, options, None, False)[0], ready.program)
     fused = any(site.op == OpKind.SDPA for site in ready.program.sites)
-    again = 'decompose-attention{where="ops:softmax"},tag-ops'
-    program = Pipeline.parse(again)(ready.program) if fused else ready.program  # fused kernels have no second derivative
+    again = Pipeline([DecomposeAttention(where="ops:softmax"), TagOps()])
+    program = again(ready.program) if fused else ready.program  # fused kernels have no second derivative
     return hessian_traces(program, eager_forward(program), ready.batches(options), draws=options.draws, seed=options.seed)
 
 
@@ -269,11 +273,12 @@ def _predict(
 
     The nodes for it are gone when this returns.
     """
-    weights = str(options.metric == "fisher-trace").lower()
-    values = str(captured).lower()
-    insert = f'insert-capture{{where="{options.where}" values={values} gradients=true perturb={options.captured}}},'
-    insert += f'insert-score{{where="{options.where}" kind={options.kind} samples={len(ready.encoded)} '
-    scored = Pipeline.parse(f"{insert}draws={options.draws} weights={weights}}}")(ready.program)
+    capture = InsertCapture(where=options.where, values=captured, gradients=True, perturb=options.captured)
+    score = InsertScore(
+        where=options.where, kind=options.kind, samples=len(ready.encoded), draws=options.draws,
+        weights=options.metric == "fisher-trace",
+    )  # fmt: skip
+    scored = Pipeline([capture, score])(ready.program)
     forward = eager_forward(checkpointed(scored) if options.checkpoint else scored)
     batches = ready.batches(options)
     found = predict(scored, forward, batches, draws=options.draws, seed=options.seed, progress=progress)

@@ -9,10 +9,13 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import ArtifactError, nearest
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
+from aqnfx.passes.decompose_attention import DecomposeAttention
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.tag_layers import TagLayers
+from aqnfx.passes.tag_ops import TagOps
 
-TAGS = "tag-layers,tag-ops"
-EXPANDED = 'tag-layers,decompose-attention{where="ops:softmax"},tag-ops'
+TAGS = Pipeline([TagLayers(), TagOps()])
+EXPANDED = Pipeline([TagLayers(), DecomposeAttention(where="ops:softmax"), TagOps()])
 
 
 def as_probed(program: Program, smap: SensitivityMap) -> Program:
@@ -20,9 +23,9 @@ def as_probed(program: Program, smap: SensitivityMap) -> Program:
 
     Raises :class:`ArtifactError` where the map is of another model: a site, a layer, the number of parameters or the weights.
     """
-    tagged = Pipeline.parse(TAGS)(program)
+    tagged = TAGS(program)
     if not all(entry["id"] in tagged.places for entry in smap.per_site):
-        tagged = Pipeline.parse(EXPANDED)(program)
+        tagged = EXPANDED(program)
     for entry in smap.per_site:
         if entry["id"] not in tagged.places:
             close = nearest(entry["id"], tagged.places)

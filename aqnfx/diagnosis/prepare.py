@@ -22,9 +22,13 @@ from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
+from aqnfx.passes.decompose_attention import DecomposeAttention
+from aqnfx.passes.insert_capture import InsertCapture
 from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.passes.perturbing import insert
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.tag_layers import TagLayers
+from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.capture import Captures, capture
 from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
 from aqnfx.probes.examples import Data
@@ -140,7 +144,7 @@ def _load(name: str, options: Options) -> nn.Module:
 
 def tag(program: Program, options: Options) -> Program:
     """Return the program with layers and operations tagged, attention taken apart where a selected site lies inside."""
-    return Pipeline.parse(f'tag-layers,decompose-attention{{where="{options.where}"}},tag-ops')(program)
+    return Pipeline([TagLayers(), DecomposeAttention(where=options.where), TagOps()])(program)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +190,7 @@ def instrument(
 ) -> tuple[Program, BlockReplay, list[Batch]]:
     """Return the program with what perturbs it, the engine that runs it, and the batches in the order in which to run them."""
     perturb = insert(options.perturbation, options.where, kernel=compiled != "none")
-    noisy = Pipeline((perturb, PartitionBlocks()))(ready.program)
+    noisy = Pipeline([perturb, PartitionBlocks()])(ready.program)
     engine = BlockReplay(
         noisy, starts=[p.sites for p in sweep.probes], memory=options.replay_bytes, offload=options.replay_offload,
         compiled=compiled == "blocks",
@@ -209,7 +213,7 @@ def capture_on(data: Data | None, ready: Prepared, options: Options) -> Captures
         check_tokens(encoded, vocabulary(ready.program), ready.tokenizer)
     fixed = ready.fixed if serves(ready.program, {len(e.input_ids) for e in encoded}) else ready.longest
     made = make_batches(encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=fixed)
-    program = Pipeline.parse(f'insert-capture{{where="{options.where}" perturb={options.captured}}}')(ready.program)
+    program = InsertCapture(where=options.where, perturb=options.captured)(ready.program)
     return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
 
 

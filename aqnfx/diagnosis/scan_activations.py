@@ -11,7 +11,7 @@ from typing import Any
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.numerics.formats import Format
-from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.insert_scan import InsertScan
 from aqnfx.probes.activation_scan import SiteScan, scan_activations
 from aqnfx.probes.data import data_digest
 from aqnfx.probes.examples import Data
@@ -48,8 +48,8 @@ def measure_activations(
     """
     wanted = Options(ops=_OPS, roles=_ROLES, task="kl", probes=("all",), **options)
     ready = prepare(model, data, wanted, tokenizer=tokenizer, tell=lambda _: None)
-    names = "|".join(dict.fromkeys(fmt.name for fmt in formats.values()))
-    program = Pipeline.parse(f'insert-scan{{where="{_WHERE}" formats="{names}"}}')(ready.program)
+    names = tuple(dict.fromkeys(fmt.name for fmt in formats.values()))
+    program = InsertScan(where=_WHERE, formats=names)(ready.program)
     found = scan_activations(program, eager_forward(program), ready.batches(wanted), progress=progress)
     keys = _keys(found)
     return Activations(

@@ -20,6 +20,8 @@ from aqnfx.graph.loading import load_model
 from aqnfx.graph.program import Program
 from aqnfx.numerics.formats import Format, parse_format
 from aqnfx.passes.pipeline import Pipeline
+from aqnfx.passes.tag_layers import TagLayers
+from aqnfx.passes.tag_ops import TagOps
 from aqnfx.planning.precision_plan import PrecisionPlan, check_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,7 +89,7 @@ def open_plan(
     if model is None or isinstance(model, (str, Path)):
         model, own = _load(plan, path, model, allow_missing)
         allow_missing = ()
-    program = Pipeline.parse("tag-layers,tag-ops")(
+    program = Pipeline([TagLayers(), TagOps()])(
         trace_for(model, recorded(plan.provenance), allow_missing=allow_missing)
     )
     assigned_sites(program, plan.assignments)

@@ -16,11 +16,14 @@ from aqnfx.graph.assignments import Assignment, assigned_sites
 from aqnfx.graph.blocks import Block, cut
 from aqnfx.graph.operands import Place
 from aqnfx.graph.program import Program
+from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import attribute, constant, get_tag
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.numerics.stats import bootstrap_ratio, paired_difference
 from aqnfx.ops.table import level_of
+from aqnfx.passes.insert_fake_quant import InsertFakeQuant
+from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.data import Batch
 from aqnfx.probes.replay import BlockReplay
@@ -35,8 +38,9 @@ _KEPT = 1 << 28  # bytes of values between blocks that runs start from
 def stored(program: Program, assignments: Mapping[str, Assignment]) -> Program:
     """Return the program with every assigned operand in its format; the program itself where nothing is assigned."""
     chosen = assigned_sites(program, assignments)
-    passes = [f'insert-fake-quant{{where="sites:{"|".join(sites)}" format={name}}}' for name, sites in chosen.items()]
-    return Pipeline.parse(",".join(passes))(program) if passes else program
+    return Pipeline(
+        InsertFakeQuant(where=str(Selector(sites=tuple(sites))), format=name) for name, sites in chosen.items()
+    )(program)
 
 
 Sites = tuple[tuple[str, str], ...]
@@ -215,7 +219,7 @@ class Evaluator:
         if on := next((node for node, level in switched if bool((constant(program.module, level) != 0).any())), None):
             raise ProbeError(f"{get_tag(on).site} has noise, or a format with a level, that is on; plans are measured without")
         if not program.ran("partition-blocks"):
-            program = Pipeline.parse("partition-blocks")(program)
+            program = PartitionBlocks()(program)
         return cls(program=program, batches=batches, _replay=BlockReplay(program))
 
     def measure(

@@ -18,7 +18,9 @@ from aqnfx.diagnosis.sensitivity import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
-from aqnfx.passes.pipeline import Pipeline
+from aqnfx.graph.selector import Selector
+from aqnfx.passes.insert_score import InsertScore
+from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import Scored, choose, flat, frontier
 from aqnfx.planning.costs import costs
@@ -98,10 +100,10 @@ def score_options(
     if not formats:
         raise InputError("every choice leaves the model as it is; there is nothing to plan")
     first = next(iter(formats))
-    scored = Pipeline.parse(
-        f'insert-score{{where="sites:{"|".join(sites)}" kind={first} samples={sum(batch.size for batch in batches)} '
-        f'draws={options.draws} channels=false perturb="{"|".join(formats)}" elements=true}}'
-    )(program)
+    scored = InsertScore(
+        where=str(Selector(sites=tuple(sites))), kind=first, samples=sum(batch.size for batch in batches), draws=options.draws,
+        channels=False, perturb=tuple(formats), elements=True,
+    )(program)  # fmt: skip
     found = predict(scored, eager_forward(scored), batches, draws=options.draws, seed=options.seed, progress=progress)
     facts = {key: found.provenance[key] for key in ("passes", "backward_passes", "peak_memory_mib")}
     return Scored(
@@ -140,7 +142,7 @@ def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, te
         adaptive=True, perturb=_any_format(wanted), allow_missing=wanted.allow_missing,
     )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
     ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
-    return dataclasses.replace(ready, program=Pipeline.parse("partition-blocks")(ready.program))  # plans start from blocks
+    return dataclasses.replace(ready, program=PartitionBlocks()(ready.program))  # plans start from blocks
 
 
 def _any_format(wanted: PlanOptions) -> str:
