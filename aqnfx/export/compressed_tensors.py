@@ -24,11 +24,10 @@ from aqnfx.export.checkpoint import (
     tensor_bytes,
     untie,
 )
-from aqnfx.export.codes import Codes, encode
 from aqnfx.export.job import DTYPES, Exported, Job, Linear, needs, planned_linears
 from aqnfx.export.staging import staged_folder
 from aqnfx.graph.coupling import EXPERTS, SHARED, coupling_groups
-from aqnfx.numerics.formats import E4M3, Format, IntElement
+from aqnfx.numerics.formats import E4M3, Codes, Format, IntElement, encode
 
 TARGET = "compressed-tensors"
 _INPUTS = "int8:token, int8:token:asym, fp8_e4m3:token or fp8_e4m3:tensor"

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqnfx.export.codes import encode
-from aqnfx.numerics.formats import Format, IntElement, parse_format
+from aqnfx.numerics.formats import Format, IntElement, encode, parse_format
 
 DOMAIN, PLACEHOLDER = "aqnfx", "FakeQuant"
 
@@ -78,7 +77,7 @@ def _weight(node: Any, tensor: Any, fmt: Format, dim: int) -> tuple[list[Any], l
     def shaped(found: Tensor) -> Tensor:
         return found.reshape(()) if fmt.grouping == "tensor" else found.reshape(-1) if per_row else back(found)
 
-    parts = [stored("codes", back(code.values), kind), stored("scales", shaped(code.scales), TensorProto.FLOAT)]
+    parts = [stored("codes", back(code.elements), kind), stored("scales", shaped(code.scales), TensorProto.FLOAT)]
     if code.zeros is not None:
         parts.append(stored("zeros", shaped(code.zeros), kind))
     made = helper.make_node("DequantizeLinear", [part.name for part in parts], [name], name=f"{name}_dq", **attributes)

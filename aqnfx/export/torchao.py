@@ -25,10 +25,9 @@ from aqnfx.export.checkpoint import (
     tensor_bytes,
     untie,
 )
-from aqnfx.export.codes import encode
 from aqnfx.export.job import Exported, Job, Linear, needs, planned_linears
 from aqnfx.export.staging import staged_folder
-from aqnfx.numerics.formats import E4M3, E5M2, Format, IntElement
+from aqnfx.numerics.formats import E4M3, E5M2, Format, IntElement, encode
 
 TARGET = "torchao"
 _FP8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -52,7 +51,7 @@ def export_torchao(job: Job, out: str | Path, *, dtype: str = "auto") -> Exporte
     model = model.to(wanted)
     _quantize(model, config, planned)
     for name, code in codes.items():
-        _fill(model.get_submodule(name).weight, code.values, code.scales, code.zeros, planned[name].weight)
+        _fill(model.get_submodule(name).weight, code.elements, code.scales, code.zeros, planned[name].weight)
     with staged_folder(out) as folder:
         _save(model, config, wanted, folder)
         copy_tokenizer(str(job.program.source.get("origin", "")), folder)

@@ -14,10 +14,9 @@ import torch
 
 from aqnfx.cli.main import main
 from aqnfx.errors import AqnfxError, InputError
-from aqnfx.export.codes import encode
 from aqnfx.export.job import open_plan
 from aqnfx.export.targets import TARGETS, export_plan
-from aqnfx.numerics.formats import parse_format, quantize
+from aqnfx.numerics.formats import encode, parse_format, quantize
 from tests.export.conftest import Case
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -110,10 +109,11 @@ def test_codes_are_the_planned_values(name: str) -> None:
     assert torch.equal(encode(weight, fmt).stored(), quantize(weight, fmt))
 
 
-def test_codes_that_are_not_the_plan_are_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aqnfx.export.codes.quantize", lambda x, fmt: quantize(x, fmt) * (1.0 + 2.0**-20))
-    with pytest.raises(AqnfxError, match="not the values that were planned"):
-        encode(torch.randn(4, 32), parse_format("int8:row"))
+def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(InputError, match="no elements and scales"):
+        encode(torch.randn(4, 30), parse_format("int4:g32"))
+    with pytest.raises(AqnfxError, match="not finite"):
+        encode(torch.tensor([[1.0, float("nan")]]), parse_format("int8:row"))
 
 
 def test_the_command_line(
