@@ -89,6 +89,124 @@ CORE = ("llama", "gemma2", "phi3", "gpt2", "falcon", "bloom", "mixtral", "mamba"
 """What differs most: norms, fused and shared projections, attention with a bias, experts, a scan, an encoder, pictures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A tiny configuration that is only traced and compared: its model type, its options, and for which lengths a trace holds.
+
+    ``holds``: None for every length; else (the length traced, lengths that the trace holds for, lengths that it refuses).
+    """
+
+    kind: str
+    options: dict[str, Any]
+    holds: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
+    auto: str = "AutoModelForCausalLM"
+
+
+_TWO: dict[str, Any] = {**_LLAMA, "num_hidden_layers": 2}
+_MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, **_MIXED,
+}  # fmt: skip
+_SSM: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_CHUNKS = (20, (17, 19, 31, 45), (5, 12, 16))  # two chunks of 16 are traced, and any number from two on holds
+_ROWS = (70, (66, 100), (9, 63, 140))  # a loop over chunks of 64: two chunks are two chunks
+_SHARED: dict[str, Any] = {**_MOE, "shared_expert_intermediate_size": 16}
+
+TRIED: dict[str, Tried] = {
+    "phi3 with LongRoPE": Tried(
+        kind="phi3",
+        options={
+            **_TWO, "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        },
+    ),
+    "qwen2_moe": Tried(
+        kind="qwen2_moe", options={**_TWO, **_SHARED, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    ),
+    "gpt_oss": Tried(
+        kind="gpt_oss",
+        options={**_TWO, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+    "deepseek_v3": Tried(
+        kind="deepseek_v3",
+        options={
+            **_TWO, **_MOE, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": 16,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        },
+    ),
+    "llama4_text": Tried(
+        kind="llama4_text",
+        options={
+            **_TWO, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 64, "attention_chunk_size": 16,
+        },
+    ),
+    "gemma3 (text half)": Tried(
+        kind="gemma3",
+        options={
+            "text_config": {**_TWO, "head_dim": 8, "sliding_window": 8, "model_type": "gemma3_text"},
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
+                "patch_size": 4,
+            },
+            "mm_tokens_per_image": 4, "image_token_index": 98, "boi_token_index": 97, "eoi_token_index": 96,
+        },
+        auto="AutoModelForImageTextToText",
+    ),
+    "minimax": Tried(
+        kind="minimax",
+        options={**_TWO, **_MIXED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 16},
+        holds=(20, (19, 31), (5, 16, 40)),
+    ),
+    "mamba2": Tried(
+        kind="mamba2",
+        options={
+            "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8, "num_heads": 8, "head_dim": 8,
+            "n_groups": 2, "chunk_size": 16, **_IDS,
+        },
+        holds=_CHUNKS,
+    ),
+    "bamba": Tried(kind="bamba", options={**_TWO, **_SSM, "attn_layer_indices": [1]}, holds=_CHUNKS),
+    "falcon_h1": Tried(
+        kind="falcon_h1",
+        options={**_LLAMA, **_SSM, "num_hidden_layers": 1, "head_dim": 8, "mamba_d_ssm": 64},
+        holds=_CHUNKS,
+    ),
+    "zamba2": Tried(
+        kind="zamba2",
+        options={
+            **_TWO, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8,
+            "chunk_size": 16, "layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1,
+            "use_mem_rope": True, "adapter_rank": 4,
+        },
+        holds=_CHUNKS,
+    ),
+    "granitemoehybrid": Tried(
+        kind="granitemoehybrid",
+        options={
+            **_TWO, **_SSM, "num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 64,
+            "layer_types": ["mamba", "attention"],
+        },
+        holds=_CHUNKS,
+    ),
+    "jamba": Tried(
+        kind="jamba",
+        options={
+            **_TWO, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        holds=(13, (13,), (5, 14)),
+    ),
+    "qwen3_next": Tried(
+        kind="qwen3_next", options={**_TWO, **_DELTA, **_SHARED, "head_dim": 8, "num_experts": 4}, holds=_ROWS
+    ),
+    "qwen3_5": Tried(kind="qwen3_5_text", options={**_TWO, **_DELTA, "head_dim": 8}, holds=_ROWS),
+    "olmo_hybrid": Tried(kind="olmo_hybrid", options={**_TWO, **_DELTA}, holds=_ROWS),
+}  # fmt: skip
+
+
 def depth(name: str, blocks: int) -> dict[str, int]:
     """Return the change of options that gives every stack of a family ``blocks`` blocks."""
     option = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in FAMILIES[name].options)

@@ -24,7 +24,7 @@ from aqnfx.graph.normalize import normalize_graph
 from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
 from aqnfx.graph.tags import static_size
-from aqnfx.graph.untouched import untouched, without_caches
+from aqnfx.graph.untouched import as_it_runs, untouched, without_caches
 from aqnfx.graph.verify import verify
 
 
@@ -88,7 +88,7 @@ def _export(
     else:
         args, kwargs = tuple(inputs[0]), dict(inputs[1])
         shapes = default_shapes(args, kwargs)  # type: ignore[assignment]
-    with untouched(model), without_caches(model):
+    with untouched(model), without_caches(model), as_it_runs(model):
         model.eval()
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes or shapes, strict=False)

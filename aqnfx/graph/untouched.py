@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -103,3 +104,24 @@ def _states(model: nn.Module) -> list[_State]:
                 found.append(_State(attributes, foreign))
                 ahead += [(part, foreign) for part in found[-1].parts()]
     return found
+
+
+@contextmanager
+def as_it_runs(model: nn.Module) -> Iterator[None]:
+    """Let gated delta rules of transformers take the steps that they take when they run, in place of those meant for exporters.
+
+    While a model is exported they solve a triangular system row by row in Python, which rounds otherwise and makes hundreds of
+    operations of one (qwen3_next, qwen3_5, olmo_hybrid in transformers 5.23).
+    """
+    asks, rule = "is_torchdynamo_exporting", "torch_chunk_gated_delta_rule"
+    files = {type(module).__module__ for module in model.modules()}
+    spaces = [vars(sys.modules[name]) for name in sorted(files & sys.modules.keys())]
+    spaces = [space for space in spaces if asks in space and rule in space]
+    saved = [space[asks] for space in spaces]
+    for space in spaces:
+        space[asks] = lambda: False
+    try:
+        yield
+    finally:
+        for space, function in zip(spaces, saved, strict=True):
+            space[asks] = function

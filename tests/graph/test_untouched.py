@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 import aqnfx
 from aqnfx.errors import TraceError
+from aqnfx.graph.untouched import as_it_runs
 
 
 class Memo:
@@ -80,3 +83,18 @@ class HiddenAlias(nn.Module):
 def test_a_trace_that_lost_an_alias_is_refused():
     with pytest.raises(TraceError, match="changes tensors in place"):
         aqnfx.trace(HiddenAlias().eval(), inputs=((torch.ones(3, 4),), {}))
+
+
+def test_gated_delta_rules_are_traced_as_they_run(monkeypatch):
+    """A file that asks whether it is exported gets another answer only where it holds a gated delta rule."""
+    for name, held in (("delta_rule", {"torch_chunk_gated_delta_rule": None}), ("other", {})):
+        space = ModuleType(name)
+        vars(space).update({"is_torchdynamo_exporting": lambda: True, **held})
+        monkeypatch.setitem(sys.modules, name, space)
+    model = nn.Sequential(*(type("Part", (nn.Module,), {"__module__": name})() for name in ("delta_rule", "other")))
+    answers = [vars(sys.modules[name])["is_torchdynamo_exporting"] for name in ("delta_rule", "other")]
+    with pytest.raises(ValueError), as_it_runs(model):  # noqa: PT011, PT012
+        assert sys.modules["delta_rule"].is_torchdynamo_exporting() is False
+        assert sys.modules["other"].is_torchdynamo_exporting() is True
+        raise ValueError
+    assert [vars(sys.modules[name])["is_torchdynamo_exporting"] for name in ("delta_rule", "other")] == answers
