@@ -86,9 +86,9 @@ def judge(error: BaseException, signal_number: int | None = None) -> tuple[int, 
         return interrupted, _one_line(str(error))
     stopped = any(isinstance(cause, (KeyboardInterrupt, typer.Abort)) for cause in _chain(error))
     ended_by_signal = isinstance(error, SystemExit) and error.code == signal.SIGTERM  # Ray's handler
+    told = f"interrupted by {signal.Signals(signal_number).name}" if terminated and signal_number is not None else "interrupted"
     if isinstance(error, (KeyboardInterrupt, typer.Abort)) or ended_by_signal or (stopped and signal_number is not None):
-        named = signal.Signals(signal_number).name if terminated and signal_number is not None else ""
-        return interrupted, f"interrupted by {named}" if named else "interrupted"
+        return interrupted, told
     if isinstance(error, (OSError, SystemExit)) and (refused := _flush_error()) is not None:
         return _unwritable(refused)
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # as rich and typer end
@@ -100,14 +100,17 @@ def judge(error: BaseException, signal_number: int | None = None) -> tuple[int, 
         return Code.BAD_INPUT, f"{_one_line(error.format_message()).rstrip('.')}; see aqnfx --help"
     if isinstance(error, AqnfxError):
         return error.exit_code, _one_line(next(iter(str(error).splitlines()), ""))
-    return _foreign(error)
+    code, line = _foreign(error)
+    if code == Code.FAULT and signal_number is not None:  # what a signal tears apart may fail in its own way: a half-done import
+        return interrupted, told
+    return code, line
 
 
-def _foreign(error: BaseException) -> tuple[int, str]:
+def _foreign(error: BaseException) -> tuple[int, str | None]:
     """Judge an error that is not one of aqnfx's own."""
     words = _one_line(next((line for line in str(error).splitlines() if line.strip()), ""))
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        return Code.OK, words
+        return Code.OK, None
     if isinstance(error, MemoryError) or _out_of_memory(error):
         return Code.BAD_INPUT, (
             f"not enough memory{f' ({words})' if words else ''}; try a smaller --batch-size or --max-length, a smaller model "
@@ -169,13 +172,15 @@ def _drop_output() -> None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from or in the handling of."""
+    """Yield an error and all that it was raised from, or in the handling of."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            yield found
+            left += [found.__cause__, found.__context__]
 
 
 def _one_line(text: str) -> str:

@@ -97,6 +97,8 @@ def test_a_signal_that_a_callback_swallowed_comes_again(number: signal.Signals) 
     wrapped = RuntimeError("a library ended")
     wrapped.__context__ = KeyboardInterrupt()
     assert judge(wrapped, number)[0] == expected
+    assert judge(RecursionError("of a half-done import"), number)[0] == expected
+    assert judge(InputError("a full disk, while the rest was written"), number)[0] == 2
 
 
 def test_handlers_are_given_back_and_ignored_signals_stay_ignored() -> None:
