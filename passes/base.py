@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from aqnfx.errors import PassError, SelectorError
 from aqnfx.graph.program import Program, Step
 from aqnfx.graph.render import op_diff
-from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.verify import verify
 
@@ -98,7 +97,7 @@ def select_or_raise(
     Raises :class:`SelectorError` when there are none, or where operands are among them and the pass takes outputs only
     (``operands`` False): those are nodes, operands are edges.
     """
-    sites = Selector.parse(where).select(program)
+    sites = program.select(where)
     wrong = [] if operands else [site for site in sites if site.role is not Role.OUTPUT]
     if wrong:
         raise SelectorError(

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from aqnfx.errors import PassError
-from aqnfx.graph.controls import add_switch, count_after, device_of, site_key, stem_of
+from aqnfx.graph.controls import CHANNELS, KEY, RUN, add_switch, control, count_after, device_of, site_key
 from aqnfx.graph.edit import control_buffer, insert_at
 from aqnfx.graph.operands import origin
 from aqnfx.graph.opkinds import OpKind
@@ -58,25 +58,25 @@ class InsertNoise(Pass):
         chosen = select_or_raise(self.name, self.where, program, allow_empty=self.allow_empty, operands=True)
         device = device_of(program.module)
 
-        def buffer(name: str, value: torch.Tensor, site: str | None) -> Node:
-            return control_buffer(program.module, name, value.to(device), inserted_by=self.name, site=site)
+        def own(part: str, value: torch.Tensor, site: str | None) -> Node:
+            return control(program.module, part, value.to(device), inserted_by=self.name, site=site)
 
         if chosen:
-            run = buffer("noise_run", torch.tensor([as_int32(self.seed), 0, 0], dtype=torch.int32), None)
+            run = own(RUN, torch.tensor([as_int32(self.seed), 0, 0], dtype=torch.int32), None)
             batch = batch_size(program.graph, inserted_by=self.name)
         forward = self.level if self.phases != "backward" else 0.0
         backward = self.level if self.phases != "forward" else 0.0
         for site in chosen:
             value = tensor_value(places[site.id].value)
             assert value is not None  # a site is a node with one tensor
-            stem = stem_of(site.id)
             switch = add_switch(program.module, site.id, torch.tensor([forward, backward]), inserted_by=self.name)
-            key = buffer(f"{stem}_key", torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
+            key = own(KEY, torch.tensor([site_key(site.id)], dtype=torch.int32), site.id)
             mask = cols = None
             if value.dim() and isinstance(width := static_size(value.shape[self._dim(site.id, value)]), int):
-                mask = buffer(f"{stem}_channels", torch.ones(width), site.id)
+                mask = own(CHANNELS, torch.ones(width), site.id)
             if value.dim() and isinstance(width := static_size(value.shape[-1]), int):
-                cols = buffer(f"columns_{width}", columns(width), None)
+                name, table = f"columns_{width}", columns(width).to(device)
+                cols = control_buffer(program.module, name, table, inserted_by=self.name, site=None)
             rows = sample_count(value, batch)
             args: tuple[Any, ...] = (switch[0], key, run, mask, cols, rows, str(self.kind), self.channel_dim)
             # Masked positions of a softmax are zeros by construction: noise there would let a model see what it must not,

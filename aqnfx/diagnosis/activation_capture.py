@@ -174,7 +174,7 @@ def matching(program: Program, patterns: Sequence[str]) -> tuple[Site, ...]:
 
     Raises :class:`SelectorError`, with the nearest names, for a pattern that matches nothing.
     """
-    sites = Selector(ops=tuple(str(kind) for kind in CAPTURED)).select(program)
+    sites = program.select(Selector(ops=tuple(str(kind) for kind in CAPTURED)))
     for pattern in patterns or ("*",):
         if not any(_matches(pattern, site, program) for site in sites):
             labels = {label for site in sites if (label := program.layer_label(site.stack, site.layer)) is not None}

@@ -225,7 +225,7 @@ def plan(
     kinds = options.probes if kinds is None else kinds
     if window is None:
         per_stack: dict[str | None, set[int]] = {}
-        for site in selector.select(program):
+        for site in program.select(selector):
             if site.layer is not None:
                 per_stack.setdefault(site.stack, set()).add(site.layer)
         longest = max(map(len, per_stack.values()), default=0)

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from aqnfx.export.job import Job
+from aqnfx.graph.edit import output_node
 from aqnfx.graph.program import Program
 from aqnfx.passes.apply_plan import ApplyPlan
 from aqnfx.passes.pipeline import Pipeline
@@ -38,5 +39,4 @@ def examples(program: Program) -> dict[str, torch.Tensor]:
 
 def outputs_of(program: Program) -> list[Any]:
     """Return what the graph's output node returns, in order."""
-    last = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    return list(pytree.tree_leaves(last.args[0], is_leaf=lambda x: x is None))
+    return list(pytree.tree_leaves(output_node(program.graph).args[0], is_leaf=lambda x: x is None))

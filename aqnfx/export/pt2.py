@@ -17,6 +17,7 @@ from aqnfx.errors import InputError
 from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
 from aqnfx.export.job import Exported, Job
 from aqnfx.export.staging import staged_file
+from aqnfx.graph.edit import output_node
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import constant, get_tag, static_size
 from aqnfx.ops.capture import CaptureCall, new_buffers
@@ -97,7 +98,7 @@ class _Module(nn.Module):
 def _captures_as_outputs(fork: Program) -> list[str]:
     """Give every capture node accumulators of its own for one call, and return them; the sites, in order of the graph."""
     graph, module = fork.graph, fork.module
-    last = next(node for node in reversed(graph.nodes) if node.op == "output")
+    last = output_node(graph)
     sites, outputs = [], []
     for node in list(graph.nodes):
         if node.target is CaptureGradientCall.target:
@@ -115,6 +116,7 @@ def _captures_as_outputs(fork: Program) -> list[str]:
         sites.append(str(get_tag(node).site))
         outputs += fresh
     if sites:
-        last.update_arg(0, [*last.args[0], *outputs])
+        returned: Any = last.args[0]
+        last.update_arg(0, [*returned, *outputs])
         module.recompile()
     return sites

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from aqnfx.errors import PassError
+from aqnfx.graph.edit import copy_graph, output_node
 from aqnfx.graph.operands import Place, role_of
 from aqnfx.graph.program import Program
 from aqnfx.graph.render import render
@@ -205,8 +206,7 @@ def lower(block: Block) -> Block:
     from aqnfx.ops.inductor import register  # loads Inductor
 
     register()
-    graph = Graph()
-    graph.output(graph.graph_copy(block.module.graph, {}))
+    graph, _ = copy_graph(block.module.graph)
     groups: dict[tuple[Any, ...], list[tuple[Node, NoiseCall]]] = {}
     for node in graph.nodes:
         if node.target is NoiseCall.target:
@@ -268,11 +268,9 @@ def _described(value: Any) -> Any:
 
 def results(program: Program, values: Mapping[str, Any]) -> Any:
     """Return the output of the whole graph, as ``program.module`` returns it, from its values by name."""
-    output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
-    return map_arg(output.args[0], lambda n: values[n.name])
+    return map_arg(output_node(program.graph).args[0], lambda n: values[n.name])
 
 
 def output_names(program: Program) -> frozenset[str]:
     """Return the names of the values that the whole graph returns."""
-    output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
-    return frozenset(n.name for n in output.all_input_nodes)
+    return frozenset(n.name for n in output_node(program.graph).all_input_nodes)

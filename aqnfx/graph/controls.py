@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,10 +23,19 @@ from aqnfx.ops.count import CountCall
 Phases = Literal["forward", "backward", "both"]
 PHASES: tuple[Phases, ...] = get_args(Phases)
 
+LEVEL, HITS, KEY, CHANNELS, RUN = "level", "hits", "key", "channels", "run"
+"""The parts of a site's controls, and the one that all sites share: seed, step and row offset."""
+
+
 def stem_of(site: str) -> str:
-    """Return how the names of a site's control buffers begin, without the prefix of all buffers."""
+    """Return how the names of a site's buffers begin, without the prefix of all buffers."""
     # The key tells apart ids that differ in punctuation only.
     return f"noise_{''.join(c if c.isalnum() else '_' for c in site)}_{site_key(site) & 0xFFFF:04x}"
+
+
+def control_name(site: str | None, part: str) -> str:
+    """Return the name of a control buffer, without the prefix of all buffers."""
+    return f"noise_{part}" if site is None else f"{stem_of(site)}_{part}"
 
 
 def site_key(site: str) -> int:
@@ -39,15 +48,20 @@ def add_switch(module: GraphModule, site: str, level: Tensor, *, inserted_by: st
 
     Raises :class:`PassError` where the site has controls already: two of them would share one level.
     """
-    stem, device = stem_of(site), device_of(module)
-    if hasattr(module, f"{BUFFER_PREFIX}{stem}_level"):
+    device = device_of(module)
+    if hasattr(module, BUFFER_PREFIX + control_name(site, LEVEL)):
         raise PassError(f"{inserted_by}: {site} has controls already; strip first, or set those")
-    parts = {"level": level, "hits": torch.zeros(1, dtype=torch.int64)}
-    found = [
-        control_buffer(module, f"{stem}_{part}", value.to(device), inserted_by=inserted_by, site=site)
-        for part, value in parts.items()
-    ]
+    parts = {LEVEL: level, HITS: torch.zeros(1, dtype=torch.int64)}
+    found = [control(module, part, value.to(device), inserted_by=inserted_by, site=site) for part, value in parts.items()]
     return found[0], found[1]
+
+
+def control(module: GraphModule, part: str, value: Tensor, *, inserted_by: str, site: str | None) -> Node:
+    """Register the control buffer ``part`` of a site, or of all where ``site`` is None; return the node that reads it.
+
+    The tag of that node says which part of which site it is: whoever looks for a control reads that, never the name.
+    """
+    return control_buffer(module, control_name(site, part), value, inserted_by=inserted_by, site=site, part=part)
 
 
 def count_after(node: Node, site: str, switch: tuple[Node, Node], *, inserted_by: str) -> None:
@@ -140,18 +154,36 @@ class NoiseControls:
         found: dict[str, dict[str, Tensor]] = {}
         run = torch.zeros(3, dtype=torch.int32)
         for node in module.graph.nodes:
-            if node.op != "get_attr" or not str(node.target).startswith(f"{BUFFER_PREFIX}noise_"):
+            tag = get_tag(node)
+            if node.op != "get_attr" or tag.part is None:
                 continue
-            if (site := get_tag(node).site) is None:
+            if tag.site is None:
                 run = constant(module, node)
             else:
-                found.setdefault(site, {})[str(node.target).rpartition("_")[2]] = constant(module, node)
+                found.setdefault(tag.site, {})[tag.part] = constant(module, node)
         sites = {
-            site: SiteControl(level=part["level"], channels=part.get("channels"), hits=part.get("hits"))
+            site: SiteControl(level=part[LEVEL], channels=part.get(CHANNELS), hits=part.get(HITS))
             for site in dict.fromkeys([*places(module.graph), *found])
             if (part := found.get(site)) is not None
         }
         return cls(run=run, sites=sites)
+
+    def set(
+        self, chosen: Container[str], *, level: float | None = None, phases: Phases | None = None, channels: Any = None,
+        seed: int | None = None, step: int | None = None, row_offset: int | None = None,
+    ) -> None:  # fmt: skip
+        """Set the ``chosen`` sites to ``level``, and all others off; without a level the chosen ones keep theirs."""
+        for site, one in self.sites.items():
+            if site not in chosen:
+                self.set_level(site, 0.0)
+                continue
+            if level is not None or phases is not None:
+                forward, backward = (float(value) for value in one.level)
+                on = phases or phases_of(forward, backward)
+                self.set_level(site, max(forward, backward) if level is None else level, on)
+            if channels is not None:
+                self.set_channels(site, channels)
+        self.set_run(seed=seed, step=step, row_offset=row_offset)
 
     def set_run(self, *, seed: int | None = None, step: int | None = None, row_offset: int | None = None) -> None:
         """Set seed, step and row offset (each any Python integer; the low 32 bits count)."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Node
 
 from aqnfx.graph.composites import is_move, users
+from aqnfx.graph.edit import output_node
 from aqnfx.graph.operands import value_key
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
@@ -134,8 +135,7 @@ def _joins(node: Node, site: Node, owners: dict[Node, Node]) -> bool:
 
 def _returned(program: Program) -> list[Node]:
     """The nodes of the logits, where the model returns such, else of everything that it returns."""
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
-    returned: Any = output.args[0]
+    returned: Any = output_node(program.graph).args[0]
     nodes = [node for node in returned if isinstance(node, Node)]
     if len(nodes) == 1 or len(nodes) != len(returned):
         return nodes

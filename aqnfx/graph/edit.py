@@ -14,6 +14,24 @@ from aqnfx.graph.tags import Tag, get_tag, update_tag
 BUFFER_PREFIX = "aqnfx_"
 
 
+def output_node(graph: Graph) -> Node:
+    """Return the node that says what the graph returns: its last."""
+    found: Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
+
+
+def copy_graph(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    """Return a copy of a whole graph with the metadata of its nodes, and old -> new nodes but for the output."""
+    made, mapping = Graph(), dict[Node, Node]()
+    returned = made.graph_copy(graph, mapping)
+    made.output(returned).meta = dict(output_node(graph).meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):  # where Dynamo takes the value of an input from
+            new._dynamo_source = old._dynamo_source
+    return made, mapping
+
+
 def _carry(new: Node, anchor: Node, *, inserted_by: str, site: str | None) -> None:
     for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
         if key in anchor.meta:
@@ -25,7 +43,9 @@ def _carry(new: Node, anchor: Node, *, inserted_by: str, site: str | None) -> No
     )  # fmt: skip
 
 
-def control_buffer(module: GraphModule, name: str, value: torch.Tensor, *, inserted_by: str, site: str | None) -> Node:
+def control_buffer(
+    module: GraphModule, name: str, value: torch.Tensor, *, inserted_by: str, site: str | None, part: str | None = None
+) -> Node:
     """Register ``value`` as the buffer ``aqnfx_<name>`` (once) and return the ``get_attr`` node that reads it.
 
     The node stands before all inputs, where the parameters are; an existing one of the same name is returned as it is.
@@ -41,7 +61,7 @@ def control_buffer(module: GraphModule, name: str, value: torch.Tensor, *, inser
     with module.graph.inserting_before(first):
         node = module.graph.get_attr(target)
     node.meta["val"] = value
-    update_tag(node, inserted_by=inserted_by, site=site)
+    update_tag(node, inserted_by=inserted_by, site=site, part=part)
     return node
 
 

@@ -13,13 +13,14 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from aqnfx.errors import InputError, PassError
+from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph import edit
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.domain import Domain, advice
-from aqnfx.graph.operands import Place, places
+from aqnfx.graph.operands import Place, places, role_of
 from aqnfx.graph.render import fingerprint, render
-from aqnfx.graph.sites import Site
+from aqnfx.graph.selector import Selector, selector_from
+from aqnfx.graph.sites import Role, Site
 from aqnfx.graph.tags import get_tag, site_nodes, site_of, static_size
 
 
@@ -126,13 +127,7 @@ class Program:
 
     def fork(self) -> Program:
         """Return a Program with a copy of the graph and of the control buffers; weights are shared."""
-        graph = Graph()
-        mapping: dict[Any, Any] = {}
-        output = graph.graph_copy(self.graph, mapping)
-        old_output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        graph.output(output).meta = dict(old_output.meta)
-        for node in graph.nodes:
-            node.meta = dict(node.meta)
+        graph, _ = edit.copy_graph(self.graph)
         module = GraphModule(self.module, graph, class_name="Program")
         for name, buffer in list(self.module.named_buffers(recurse=False)):
             if name.startswith(edit.BUFFER_PREFIX) and hasattr(module, name):
@@ -225,16 +220,35 @@ class Program:
         ("forward", "backward", "both") and ``channels`` (indices, or a bool mask) say how; what is not given stays.
         Nothing is traced or compiled. Raises :class:`SelectorError` for names that the program does not have.
         """
-        from aqnfx.graph.selector import select_controls, selector_from
-
         saved = self.controls.state()
         try:
-            if where is not None and settings.keys() & {"layers", "ops", "modules", "sites"}:
+            names = {key: settings.pop(key) for key in ("layers", "ops", "modules", "sites") if key in settings}
+            if where is not None and names:
                 raise InputError("choose the sites by where= or by layers=, ops=, modules=, sites=, not by both")
-            select_controls(self, selector_from(where=where), **settings)
+            selector = selector_from(where=where, **names)
+            self.controls.set(self.controls.sites if selector is None else self._controlled(selector), **settings)
             yield
         finally:
             self.controls.restore(saved)
+
+    def select(self, what: str | Selector) -> tuple[Site, ...]:
+        """Return the sites that a selector, or its text, matches, in execution order.
+
+        Raises :class:`SelectorError` for a text that is none, and when a layer or site is named that the program does not have;
+        an empty match of names that exist is returned as an empty tuple.
+        """
+        selector = Selector.parse(what) if isinstance(what, str) else what
+        return selector.select(self.all_sites if selector.reaches_operands else self.sites, self.layers)
+
+    def _controlled(self, selector: Selector) -> set[str]:
+        """Return the selected sites that have controls; raises :class:`SelectorError` where some were meant and none has."""
+        controls = self.controls.sites
+        chosen = {site.id for site in self.select(selector)} & set(controls)
+        if not chosen and not selector.nothing:
+            roles = sorted({role_of(site) for site in controls} - {Role.OUTPUT})
+            hint = f"; controls of operands are chosen by their role, as in roles:{'|'.join(roles)}" if roles else ""
+            raise SelectorError(f"{selector} selects none of the {len(controls)} sites with controls{hint}")
+        return chosen
 
     def site_nodes(self) -> dict[str, torch.fx.Node]:
         """Return the nodes that are sites, by site id."""

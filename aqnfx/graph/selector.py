@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqnfx.errors import SelectorError, nearest
-from aqnfx.graph.controls import Phases, phases_of
-from aqnfx.graph.operands import PRODUCTS, role_of
+from aqnfx.graph.operands import PRODUCTS
 from aqnfx.graph.opkinds import OP_SETS, OpKind
-from aqnfx.graph.program import Program
 from aqnfx.graph.sites import REGIONS, Role, Site
 
 _FIELDS = ("layers", "ops", "modules", "regions", "roles", "sites")
@@ -109,19 +107,23 @@ class Selector:
         operand = site.role is not Role.OUTPUT
         return site.role in self.roles or (AUTO in self.roles and operand == (site.op in PRODUCTS))
 
-    def select(self, program: Program) -> tuple[Site, ...]:
-        """Return the matching sites of ``program`` in execution order.
+    @property
+    def reaches_operands(self) -> bool:
+        """Whether operands may be among what is selected; if not, looking at the outputs of operations is enough."""
+        return bool(self.roles or self.sites)
 
-        Raises :class:`SelectorError` when a layer or site is named that the program does not have; an empty match of
-        names that exist is returned as an empty tuple.
+    def select(self, sites: Sequence[Site], layers: Sequence[tuple[str, int]]) -> tuple[Site, ...]:
+        """Return those of ``sites`` that match, in their order; ``layers`` are the (stack, index) pairs that there are.
+
+        Raises :class:`SelectorError` when a layer or site is named that is not there; an empty match of names that exist is
+        returned as an empty tuple.
         """
-        known = program.places if self.sites else ()
+        known = {site.id for site in sites} if self.sites else set()
         for site in self.sites:
             if site not in known:
                 raise SelectorError(f"unknown site {site!r} among {len(known)}{nearest(site, known)}")
-        check_layers(self, program.layers)
-        among = program.all_sites if self.roles or self.sites else program.sites
-        return tuple(site for site in among if self.matches(site))
+        check_layers(self, layers)
+        return tuple(site for site in sites if self.matches(site))
 
 
 def _layer_matches(pattern: str, site: Site) -> bool:
@@ -169,45 +171,3 @@ def selector_from(
     given = {"layers": layers, "ops": ops, "modules": modules, "sites": sites}
     chosen: dict[str, Any] = {name: texts(values) for name, values in given.items() if values is not None}
     return Selector(**chosen, nothing=not all(chosen.values())) if chosen else None
-
-
-def select_controls(
-    program: Program,
-    selector: Selector | None,
-    *,
-    layers: Iterable[int | str] | None = None,
-    ops: Iterable[str] | str | None = None,
-    modules: Iterable[str] | str | None = None,
-    sites: Iterable[str] | str | None = None,
-    level: float | None = None,
-    channels: Any = None,
-    phases: Phases | None = None,
-    seed: int | None = None,
-    step: int | None = None,
-    row_offset: int | None = None,
-) -> None:
-    """Set the noise controls of ``program``: the selected sites to ``level``, all others off.
-
-    An empty selection is none.
-    Without ``level`` the selected sites keep theirs. Raises :class:`SelectorError` when no noise node is selected.
-    """
-    controls = program.controls
-    selector = selector or selector_from(layers=layers, ops=ops, modules=modules, sites=sites)
-    chosen = set(controls.sites)
-    if selector is not None:
-        chosen &= {site.id for site in selector.select(program)}
-        if not chosen and not selector.nothing:
-            roles = sorted({role_of(site) for site in controls.sites} - {Role.OUTPUT})
-            hint = f"; controls of operands are chosen by their role, as in roles:{'|'.join(roles)}" if roles else ""
-            raise SelectorError(f"{selector} selects none of the {len(controls.sites)} sites with controls{hint}")
-    for site, control in controls.sites.items():
-        if site not in chosen:
-            controls.set_level(site, 0.0)
-            continue
-        if level is not None or phases is not None:
-            forward, backward = (float(v) for v in control.level)
-            on = phases or phases_of(forward, backward)
-            controls.set_level(site, max(forward, backward) if level is None else level, on)
-        if channels is not None:
-            controls.set_channels(site, channels)
-    controls.set_run(seed=seed, step=step, row_offset=row_offset)

@@ -21,8 +21,9 @@ class Tag:
 
     ``module`` is the innermost module's name, ``layer`` / ``stack`` the block it belongs to. ``op`` is set on nodes
     that are a site of that kind; ``part_of`` on inner nodes of a recognised composite. ``inserted_by`` names the pass
-    that put the node there and ``site`` the id of the site that it serves. ``block`` is the number of the part of the graph
-    that the node runs in, None before ``partition-blocks`` ran.
+    that put the node there and ``site`` the id of the site that it serves; ``part`` says which control of that site a
+    buffer is. ``block`` is the number of the part of the graph that the node runs in, None before ``partition-blocks``
+    ran.
     """
 
     module: str = ""
@@ -34,6 +35,7 @@ class Tag:
     part_of: OpKind | None = None
     inserted_by: str | None = None
     site: str | None = None
+    part: str | None = None
     block: int | None = None
 
 

@@ -17,14 +17,14 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from aqnfx.errors import InputError, PassError
-from aqnfx.graph.controls import site_key, stem_of
+from aqnfx.graph.controls import KEY, LEVEL, control_name, site_key
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import module_stack
 from aqnfx.live.calls import LiveCall, is_whole
 from aqnfx.live.code import Call, Code, compile_with
-from aqnfx.live.controls import RUN, LiveControls
+from aqnfx.live.controls import RUN, Control, LiveControls
 from aqnfx.live.graphs import LiveGraph, State
 from aqnfx.live.lowering import Names, lower
 from aqnfx.live.roots import Root
@@ -172,21 +172,18 @@ class Backend:
             return dataclasses.replace(site, module=module, stack=stack, layer=layer)
 
         names = []
-        for name, value, site in made.controls:
-            if site is not None and (new := moved(site)) != site:
-                part = name.removeprefix(BUFFER_PREFIX + stem_of(site.id))
-                value = torch.full_like(value, site_key(new.id)) if part == "_key" else value
-                name, site = BUFFER_PREFIX + stem_of(new.id) + part, new
-            names.append(self.controls.adopt(name, value, site))
-        switched = {
-            site.id: moved(site).id for name, _, site in made.controls if site is not None and name.endswith("_level")
-        }
+        for control in made.controls:
+            if control.site is not None and (new := moved(control.site)) != control.site:
+                value = torch.full_like(control.value, site_key(new.id)) if control.part == KEY else control.value
+                control = Control(BUFFER_PREFIX + control_name(new.id, str(control.part)), value, new, control.part)
+            names.append(self.controls.adopt(control))
+        switched = {c.site.id: moved(c.site).id for c in made.controls if c.site is not None and c.part == LEVEL}
         graph = LiveGraph(
             fragment=fragment, whole=whole, switched=switched, modules=frozenset(map(renamed, modules)),
             all_sites=tuple(renamed(site.rsplit(":", 2)[0]) + site[len(site.rsplit(":", 2)[0]) :] for site in sites),
         )  # fmt: skip
         self.graphs.append(graph)
-        here = dict(zip((name for name, _, _ in made.controls), names, strict=True))
+        here = dict(zip((control.name for control in made.controls), names, strict=True))
         controls, leads = self.controls, not self.now.graphs
 
         def bind() -> _Bound:

@@ -8,21 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import detect_fake_mode
-from torch.fx import Graph, GraphModule, Node, graph_module
+from torch.fx import GraphModule, Node, graph_module
 
-from aqnfx.graph.edit import BUFFER_PREFIX
+from aqnfx.graph.controls import LEVEL
+from aqnfx.graph.edit import BUFFER_PREFIX, copy_graph
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import constant, get_tag, is_ours
+from aqnfx.live.controls import Control
 from aqnfx.live.eager_noise import draw_together
 from aqnfx.live.lowering import Lowered, with_regions
 from aqnfx.ops.table import is_counter, is_switched, stands_for
 
-Control = tuple[str, Tensor, Site | None]
 KEPT = 64
 """Selections of a graph whose code and counters are kept by themselves."""
 
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Code:
-    """What a graph can be run as; ``controls`` are (name, value at first, site).
+    """What a graph can be run as; ``controls`` are those of the rewritten graph.
 
     Sites that are off cost nothing where nothing is on, and in eager mode never: nodes of sites that are off are left out.
     A compiler is given its graphs at capture, because later it could not be: without any, with all of them, and Inductor also
@@ -70,8 +70,8 @@ class Code:
             return made
         mode = detect_fake_mode()
         # Their sizes are constants: they must not be taken for those of the batch.
-        values = {name: value if mode is None else mode.from_tensor(value, static_shapes=True) for name, value, _ in controls}
-        switches = frozenset(site.id for name, _, site in controls if site is not None and name.endswith("_level"))
+        values = {name: value if mode is None else mode.from_tensor(value, static_shapes=True) for name, value, _, _ in controls}
+        switches = frozenset(one.site.id for one in controls if one.site is not None and one.part == LEVEL)
         few = frozenset[str]()
         if inner == "inductor" and fast is not None:
             few = frozenset(site for site in switches if fast.matches(known[site]))
@@ -118,20 +118,14 @@ class Code:
 
     def _with(self, active: frozenset[str]) -> tuple[GraphModule, tuple[str, ...]]:
         """Return the module with the switched nodes of ``active`` sites only, and the controls that it reads."""
-        graph, mapping = Graph(), dict[Node, Node]()
-        output = graph.graph_copy(self._module.graph, mapping)
-        graph.output(output)
-        for old, new in mapping.items():
-            new.meta = dict(old.meta)
-            if hasattr(old, "_dynamo_source"):
-                new._dynamo_source = old._dynamo_source
+        graph, _ = copy_graph(self._module.graph)
         for node in reversed(list(graph.nodes)):
             if is_switched(node) and str(get_tag(node).site) not in active:
                 node.replace_all_uses_with(stands_for(node))  # a switched operator stands for its input
                 graph.erase_node(node)
         unused = []
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        names = [name for name, _, _ in self.controls]
+        names = [name for name, *_ in self.controls]
         for node in placeholders[: len(names)]:
             if not node.users:
                 unused.append(node)
@@ -179,7 +173,8 @@ def _lift(module: GraphModule, lowered: Lowered, known: Mapping[str, Site]) -> l
         if name in lowered.weights:
             held[lowered.weights[name]] = new
         else:
-            controls.append((name, constant(module, node), known.get(str(get_tag(node).site))))
+            tag = get_tag(node)
+            controls.append(Control(name, constant(module, node), known.get(str(tag.site)), tag.part))
             new._dynamo_source = None
             front.append(new)
         node.replace_all_uses_with(new)

@@ -5,19 +5,39 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aqnfx.errors import InputError, SelectorError
-from aqnfx.graph.controls import Phases, by_phase, channel_mask, check_level, phases_of, stem_of, whole_number
+from aqnfx.graph.controls import (
+    CHANNELS,
+    LEVEL,
+    Phases,
+    by_phase,
+    channel_mask,
+    check_level,
+    control_name,
+    phases_of,
+    whole_number,
+)
+from aqnfx.graph.controls import RUN as RUN_PART
 from aqnfx.graph.edit import BUFFER_PREFIX
 from aqnfx.graph.selector import Selector, check_layers, selector_from
 from aqnfx.graph.sites import Site
 from aqnfx.numerics.noise import as_int32
 
-RUN = f"{BUFFER_PREFIX}noise_run"
+RUN = BUFFER_PREFIX + control_name(None, RUN_PART)
+
+
+class Control(NamedTuple):
+    """A control of a rewritten graph: the name of its buffer, its value at first, and which ``part`` of which site it is."""
+
+    name: str
+    value: Tensor
+    site: Site | None
+    part: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +66,7 @@ class Setting:
 class _SiteState:
     site: Site
     default: tuple[float, float] | None = None  # forward and backward level, as the pass left them
+    level: str = ""  # name of the control that holds the levels
     widths: dict[str, int] = field(default_factory=dict)  # name of a mask -> number of channels
     levels: tuple[float, float] = (0.0, 0.0)
 
@@ -82,12 +103,13 @@ class LiveControls:
 
     # Graphs ----------------------------------------------------------------------------------------------------------
 
-    def adopt(self, name: str, value: Tensor, site: Site | None) -> str:
+    def adopt(self, control: Control) -> str:
         """Take a control buffer of a new graph and return the name that its tensor has here.
 
         Graphs of one model share the tensor of a name. A mask of channels that has another width in another graph (a
         dimension that Dynamo fixed at first) is another tensor.
         """
+        name, value, site, part = control
         with self.lock:
             known = self.tensors.get(name)
             if known is not None and known.shape != value.shape:
@@ -96,11 +118,10 @@ class LiveControls:
                 self.tensors[name] = value.detach().clone()
             if site is None:
                 return name
-            stem = BUFFER_PREFIX + stem_of(site.id)
             state = self._sites.setdefault(site.id, _SiteState(site=site))
-            if name == f"{stem}_level" and state.default is None:
-                state.default = (float(value[0]), float(value[1]))
-            elif name.startswith(f"{stem}_channels"):
+            if part == LEVEL and state.default is None:
+                state.default, state.level = (float(value[0]), float(value[1])), name
+            elif part == CHANNELS:
                 state.widths[name] = value.numel()
             if state.default is not None:
                 self._apply(state)
@@ -202,7 +223,7 @@ class LiveControls:
     def _set(self, state: _SiteState, levels: tuple[float, float], channels: Any) -> None:
         """Give a site its level and channels: other tensors, where they changed."""
         state.levels = levels
-        self._put(f"{BUFFER_PREFIX}{stem_of(state.site.id)}_level", torch.tensor(levels))
+        self._put(state.level, torch.tensor(levels))
         for name, width in state.widths.items():
             self._put(name, torch.ones(width) if channels is None else channel_mask(channels, width, state.site.id))
 

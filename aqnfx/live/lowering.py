@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from aqnfx.graph.edit import inline
+from aqnfx.graph.edit import copy_graph, inline, output_node
 from aqnfx.graph.functional import changes_unseen, functional_of, is_in_place, value_of
 from aqnfx.graph.opkinds import op_kind
 from aqnfx.graph.program import Program, Signature
@@ -95,7 +95,7 @@ def lower(captured: GraphModule, examples: Sequence[Any], names: Names, *, title
     verify(module, after="capture")
     values = tuple(node.meta["val"] for node in graph.nodes if node.op == "placeholder")
     _, in_spec = pytree.tree_flatten((values, {}))
-    _, out_spec = pytree.tree_flatten(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+    _, out_spec = pytree.tree_flatten(output_node(graph).args[0])
     program = Program(
         module=module, original=fingerprint(graph), source={"name": title, "origin": "dynamo"},
         signature=Signature(in_spec=in_spec, out_spec=out_spec, names=tuple(f"input_{i}" for i in inputs), defaults=values),
@@ -112,11 +112,7 @@ def _with_bodies_inlined(captured: GraphModule, bodies: dict[str, Region]) -> Gr
 
     What a pass sees is then one graph, and an operation has the same number in its module as without checkpointing.
     """
-    graph, mapping = Graph(), dict[Node, Node]()
-    output = graph.graph_copy(captured.graph, mapping)
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    graph.output(output)
+    graph, _ = copy_graph(captured.graph)
     flat = GraphModule(captured, graph)
     for node in list(graph.nodes):
         if getattr(node.target, "__name__", "") != _CHECKPOINT:

@@ -16,7 +16,6 @@ from aqnfx.errors import InputError, nearest
 from aqnfx.graph.assignments import Assignment, operands_by_module
 from aqnfx.graph.coupling import coupling_groups
 from aqnfx.graph.program import Program
-from aqnfx.graph.selector import Selector
 from aqnfx.graph.sites import Role
 from aqnfx.planning.knapsack import Limit
 from aqnfx.planning.menu import Choice, Part, cache_part, check_groups, weight_part
@@ -96,9 +95,9 @@ def make_problem(program: Program, options: PlanOptions) -> Problem:
 
     Raises :class:`InputError` for names that match nothing, formats that fit nowhere, and choices that contradict each other.
     """
-    chosen = {site.id for site in Selector.parse(_where(options)).select(program)}
+    chosen = {site.id for site in program.select(_where(options))}
     caches = _where(options, ops="", roles="key|value")
-    held = {site.id for site in Selector.parse(caches).select(program)} if options.kv_formats is not None else set()
+    held = {site.id for site in program.select(caches)} if options.kv_formats is not None else set()
     parts = []
     for module, places in operands_by_module(program).items():
         weights = [place for place in places if place.site.role is Role.WEIGHT and place.site.id in chosen]

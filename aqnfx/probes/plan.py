@@ -32,7 +32,7 @@ def plan_probes(
     for kind in kinds:
         if kind not in PROBE_KINDS:
             raise InputError(f"unknown probe kind {kind!r}; known: {', '.join(PROBE_KINDS)}")
-    sites = selector.select(program)
+    sites = program.select(selector)
     if not sites:
         known = sorted({str(site.op) for site in program.sites})
         raise SelectorError(

@@ -120,7 +120,7 @@ def main() -> None:
     predict(scored, eager_forward(scored), batches, draws=arguments.draws)
     seconds = clock(arguments) - began
     record["prediction"] = {
-        "sites": len(Selector.parse("ops:linear").select(scored)), "seconds": seconds,
+        "sites": len(scored.select("ops:linear")), "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(arguments.device),
         "tokens_per_second": arguments.samples * arguments.length * (1 + arguments.draws) / seconds,
     }  # fmt: skip

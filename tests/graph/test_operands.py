@@ -293,7 +293,7 @@ def test_roles_of_ids():
 
 
 def select(text: str, program: Program | None = None) -> list[str]:
-    return [site.id for site in Selector.parse(text).select(program or family("llama", OPEN))]
+    return [site.id for site in (program or family("llama", OPEN)).select(text)]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_parse_errors(text, message):
 )
 def test_select_errors(program, text, message):
     with pytest.raises(SelectorError, match=message):
-        Selector.parse(text).select(program)
+        program.select(text)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_select_errors(program, text, message):
     ],
 )  # fmt: skip
 def test_what_is_selected(program, text, expected):
-    chosen = Selector.parse(text).select(program)
+    chosen = program.select(text)
     assert len(chosen) == expected
     assert [s.id for s in chosen] == [s.id for s in program.sites if s in chosen]  # execution order
 
@@ -107,7 +107,7 @@ def test_selector_from_python_values(program):
     for empty in ({"layers": []}, {"ops": ()}, {"where": " "}, {"sites": [], "ops": "linear"}):
         nothing = selector_from(**empty)
         assert str(nothing) == "nothing"
-        assert nothing.select(program) == ()
+        assert program.select(nothing) == ()
     assert str(selector_from(layers=[0, "2-3"], ops="linear", modules=["a", "b"])) == "layers:0|2-3,ops:linear,modules:a|b"
 
 

@@ -10,7 +10,6 @@ from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph.captures import CaptureBuffers
 from aqnfx.graph.program import Program
 from aqnfx.graph.scores import ScoreBuffers
-from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import get_tag
 from aqnfx.ops.capture import COUNT, LARGEST, SMALLEST, new_buffers
 from aqnfx.ops.capture_gradient import GRADIENT_SQUARE
@@ -89,7 +88,7 @@ def test_options_are_written_only_where_they_differ():
 def test_one_node_per_selected_site(where):
     program = stack()
     result = Pipeline.parse(f'insert-capture{{where="{where}"}}')(program)
-    chosen = [site.id for site in Selector.parse(where).select(program)]
+    chosen = [site.id for site in program.select(where)]
     assert [str(get_tag(n).site) for n in capture_nodes(result)] == chosen
     assert list(CaptureBuffers.of(result.module).sites) == chosen
     added = {name for name, _ in result.module.named_buffers()} - {name for name, _ in program.module.named_buffers()}
@@ -136,7 +135,7 @@ def test_the_mask_goes_where_batch_and_sequence_lead(family):
         shape = tuple(shapes[nodes[site.id].name].shape)
         leads = shape[:2] == (batch, length) or (len(shape) == 2 and shape[0] == batch * length)
         assert (site.id in buffers.masked) == leads, (site.id, shape)
-    linear = [site.id for site in Selector.parse("ops:linear|layer_norm|rms_norm").select(program)]
+    linear = [site.id for site in program.select("ops:linear|layer_norm|rms_norm")]
     assert linear
     assert set(linear) <= buffers.masked
 

@@ -20,7 +20,6 @@ from aqnfx.errors import InputError, PassError, SelectorError
 from aqnfx.graph.blocks import cut, lower
 from aqnfx.graph.calibration import read_ranges
 from aqnfx.graph.program import Program
-from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import attribute
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.ops.fake_quant import FakeQuantCall, fake_quant
@@ -281,7 +280,7 @@ def test_controls_choose_sites_and_count():
     result = insert(program, 'where="ops:linear,roles:input|weight|output" format=int4 controls=true')
     assert list(result.controls.sites) == [site.id for site in result.all_sites if site.op == "linear"]  # execution order
     for where in ("layers:1,roles:weight", "sites:head:linear:0:input", "ops:linear,roles:output,layers:0|2"):
-        chosen = {site.id for site in Selector.parse(where).select(result)}
+        chosen = {site.id for site in result.select(where)}
         result.controls.reset_hits()
         with result.noise(where=where, level=1.0):
             found = result(x)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import aqnfx
 from aqnfx.graph.program import Program
-from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import get_tag
 from aqnfx.passes.lower_ops import LowerOps
 from aqnfx.passes.pipeline import Pipeline
@@ -41,7 +40,7 @@ def changed_sites(program: Program, **arguments: object) -> set[str]:
      "regions:norm", "sites:blocks.1:glu:0"],
 )  # fmt: skip
 def test_noise_is_injected_exactly_at_the_selected_sites(noisy, where):
-    expected = {site.id for site in Selector.parse(where).select(noisy)}
+    expected = {site.id for site in noisy.select(where)}
     noisy.controls.reset_hits()
     with noisy.noise(where=where, level=0.1, seed=3):
         assert changed_sites(noisy, x=X) == expected
@@ -74,7 +73,7 @@ def test_a_model_family():
     program = Pipeline.parse('tag-layers,tag-ops,insert-noise{where="ops:all"}')(aqnfx.trace(build("llama")))
     arguments = inputs("llama", 2, 9)
     for where in ("layers:0|2", "ops:linear", "layers:1,ops:extended"):
-        expected = {site.id for site in Selector.parse(where).select(program)}
+        expected = {site.id for site in program.select(where)}
         with program.noise(where=where, level=0.1):
             assert changed_sites(program, **arguments) == expected
 

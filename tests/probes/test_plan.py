@@ -38,7 +38,7 @@ def test_one_stack() -> None:
     assert keys(probes, "window") == ["0-2", "1-3"]
     assert set(keys(probes, "operator")) == {"linear", "matmul", "softmax", "rms_norm", "silu"}
     assert keys(probes, "all") == ["all"]
-    selected = [s.id for s in Selector.parse("ops:extended").select(found)]
+    selected = [s.id for s in found.select("ops:extended")]
     assert keys(probes, "site") == selected
     everything = next(p for p in probes if p.kind == "all")
     assert list(everything.sites) == selected
@@ -58,7 +58,7 @@ def test_sites_of_probes_partition_the_selection() -> None:
             assert probe.layers == ()
         if probe.kind in ("layer", "window"):
             assert {str(by_id[s].layer) for s in probe.sites} == set(probe.layers)
-    selected = {s.id for s in Selector.parse("ops:extended").select(found)}
+    selected = {s.id for s in found.select("ops:extended")}
     assert {s for p in probes if p.kind == "operator" for s in p.sites} == selected
     assert {s for p in probes if p.kind == "layer" for s in p.sites} == {
         s for s in selected if by_id[s].layer is not None

@@ -281,7 +281,7 @@ MUTANTS = (
     Mutant(
         "live",
         "steps-stand-still",
-        "            self.backend.controls.step += 1\n",
+        "            self.step += 1\n",
         "            pass\n",
         ("test_handle", "test_live"),
     ),
