@@ -58,6 +58,10 @@ class ArtifactError(AqnfxError):
     """A saved artifact is truncated, of another schema, or belongs to another model, data set or configuration."""
 
 
+class ExportError(AqnfxError):
+    """What was exported could not be read back by its target, or is not what the plan says."""
+
+
 class NotYetError(AqnfxError):
     """The request is understood and planned, and this version cannot do it."""
 

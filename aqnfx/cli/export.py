@@ -20,6 +20,7 @@ def command(
     ),
     pipeline: str = typer.Option(None, "--pipeline", "-p", help="Passes to run after the plan's, for python and pt2."),
     allow_missing: str = typer.Option(None, "--allow-missing", help=MISSING_HELP),
+    no_check: bool = typer.Option(False, "--no-check", help="Do not read what was written back by its target."),
     json_output: bool = typer.Option(False, "--json", help="Print what was written as JSON and nothing else."),
 ) -> None:
     """Write a plan for another program: a quantised checkpoint, a config, a graph. All of it or nothing."""
@@ -36,7 +37,7 @@ def command(
     given = {name: value for name, value in {"dtype": dtype, "pipeline": pipeline}.items() if value is not None}
     if not os.path.isdir(out):  # a folder that is not empty is refused by the export
         check_outputs([out], {"the plan": plan}, model=model)
-    found = export_plan(plan, to, out, model=model, allow_missing=words(allow_missing), **given)
+    found = export_plan(plan, to, out, model=model, allow_missing=words(allow_missing), check=not no_check, **given)
     if json_output:
         print(json.dumps(found.to_record()))
         return
@@ -44,5 +45,7 @@ def command(
     console.print(f"{found.target}: {found.path}", soft_wrap=True)
     if found.stored_bytes is not None and found.planned_bytes is not None:
         console.print(f"planned weights: {found.stored_bytes:,} bytes stored, {found.planned_bytes:,} planned")
+    if found.checked is not None:
+        console.print(found.checked, soft_wrap=True)
     for note in found.notes:
         console.print(f"note: {note}", soft_wrap=True)

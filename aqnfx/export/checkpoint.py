@@ -13,6 +13,7 @@ from torch import nn
 
 from aqnfx.errors import InputError
 from aqnfx.export.job import DTYPES, Job, Linear
+from aqnfx.export.readback import Reference, read_back
 
 
 def checkpoint_dtype(job: Job, given: str) -> torch.dtype:
@@ -56,7 +57,7 @@ def untie(job: Job, planned: Iterable[Linear]) -> tuple[str, ...]:
         if isinstance(weight, nn.Parameter):
             owners.setdefault(id(weight), []).append(name)
     notes = []
-    for linear in planned:
+    for linear in list(planned):
         others = [name for name in owners[id(linear.module.weight)] if name != linear.name]
         if others:
             linear.module.weight = nn.Parameter(linear.module.weight.detach().clone(), requires_grad=False)
@@ -64,16 +65,42 @@ def untie(job: Job, planned: Iterable[Linear]) -> tuple[str, ...]:
                 f"{linear.name} shared its weight with {', '.join(others)}: stored apart now, {linear.name} in "
                 f"{linear.weight.name}, {', '.join(others)} as it was; the file holds both"
             )
-    config: Any = job.model.config
-    if notes and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if notes:
+        _tie_nothing(job.model, next(iter(planned)).name)
     return tuple(notes)
+
+
+def _tie_nothing(model: nn.Module, name: str) -> None:
+    """Say in every config that nothing is tied, and give whatever was (biases, embeddings of two stacks) a tensor per name.
+
+    Raises :class:`InputError` for models whose config class ties whatever a file says.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            if type(config).from_dict(config.to_dict()).tie_word_embeddings:
+                raise InputError(
+                    f"transformers ties {name} of {type(model).__name__} to the embedding whatever a file says; leave {name} out "
+                    "of the plan, or use onnx, pt2 or python"
+                )
+    seen: set[int] = set()
+    for module in model.modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                setattr(module, kind, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(id(parameter))
 
 
 def save_model(model: Any, folder: Path) -> None:
     """Save a transformers model as safetensors, without progress bars."""
     from transformers.utils import logging
 
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # which save_pretrained refuses; the model's own file is copied as it is
+            model.generation_config = type(generation)()
     bars: Any = logging  # whose functions have no types
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -84,11 +111,13 @@ def save_model(model: Any, folder: Path) -> None:
             bars.enable_progress_bar()
 
 
-def copy_tokenizer(name: str, folder: Path) -> None:
-    """Copy the tokenizer's files of a local model directory, so that the checkpoint can be used as it stands."""
-    for file in (*Path(name).glob("tokenizer*"), *Path(name).glob("*.jinja"), *Path(name).glob("special_tokens_map.json")):
-        if file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
+def read_checkpoint(
+    target: str, folder: Path, ref: Reference, planned: Iterable[Linear], tokens: list[int] | None
+) -> str:
+    """Load a checkpoint in a fresh process and compare it with the plan; return the line that says how that went."""
+    # The runtimes scale such inputs to -128 to 127, a plan to -127 to 127: two errors of one size, in other values.
+    apart = any(linear.input is not None and linear.input.name == "int8:row" for linear in planned)
+    return read_back(target, folder, ref, allowed=3.0 * ref.inputs if apart else 0.0, tokens=tokens).line
 
 
 def tensor_bytes(folder: Path, modules: Iterable[str]) -> int:

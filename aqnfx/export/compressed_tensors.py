@@ -18,49 +18,66 @@ from aqnfx.errors import AqnfxError, InputError
 from aqnfx.export.checkpoint import (
     check_pretrained,
     checkpoint_dtype,
-    copy_tokenizer,
     files_in,
+    read_checkpoint,
     save_model,
     tensor_bytes,
     untie,
 )
+from aqnfx.export.companions import copy_companions
+from aqnfx.export.graphs import planned_program
 from aqnfx.export.job import DTYPES, Exported, Job, Linear, needs, planned_linears
+from aqnfx.export.readback import reference
 from aqnfx.export.staging import staged_folder
 from aqnfx.graph.coupling import EXPERTS, SHARED, coupling_groups
-from aqnfx.numerics.formats import E4M3, Codes, Format, IntElement, encode
+from aqnfx.numerics.formats import E4M3, Codes, Format, IntElement, encode, quantize
 
 TARGET = "compressed-tensors"
 _INPUTS = "int8:token, int8:token:asym, fp8_e4m3:token or fp8_e4m3:tensor"
 _WEIGHTS = "intN:row, intN:gN, fp8_e4m3:row, nvfp4, mxfp4 or mxfp8_e4m3"
+KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Formats of weights that no scheme is for: their modules stand in ``ignore``, stored in this dtype."""
+
 _BF16_ONLY = ("nvfp4", "mxfp4")  # what the library unpacks to bfloat16, whatever the model has
 
 
-def export_compressed_tensors(job: Job, out: str | Path, *, dtype: str = "auto") -> Exported:
+def export_compressed_tensors(job: Job, out: str | Path, *, dtype: str = "auto", check: bool = True) -> Exported:
     """Write a checkpoint directory for vLLM and ``transformers.from_pretrained``, packed by compressed-tensors.
 
     ``dtype`` is what everything else, and every scale of integers and fp8, is stored in: "float32", "bfloat16", "float16",
     or "auto", which is that of the model's own file where it holds the plan's scales exactly, else float32. Raises
     :class:`InputError` for what the format cannot express, and for layers that runtimes fuse and the plan stores apart.
+    ``check`` loads the checkpoint with transformers in a fresh process before it is moved to ``out``.
     """
     needs("compressed_tensors", TARGET)
     model = check_pretrained(job, TARGET)
-    planned = planned_linears(job, TARGET)
+    listed = planned_linears(job, TARGET)
+    kept = {name: linear for name, linear in listed.items() if linear.weight.name in KEPT and linear.input is None}
+    planned = {name: linear for name, linear in listed.items() if name not in kept}
+    if not planned:
+        raise InputError(f"{TARGET} has nothing to store: the plan keeps {len(kept)} modules in 16 bits and quantises none")
     schemes = {name: scheme_of(linear) for name, linear in planned.items()}
     check_fused(job)
     codes = {name: encode(linear.module.weight, linear.weight) for name, linear in planned.items()}
-    wanted, notes = _dtype(job, planned, codes, dtype)
-    notes += [*untie(job, planned.values()), *_notes(planned)]
+    wanted, notes = _dtype(job, planned, codes, kept, dtype)
+    ref = reference(job, planned_program(job), wanted) if check else None
+    notes += [*untie(job, listed.values()), *_notes(planned)]
     config = quantization_config(model, schemes)
     _compress(model, config, codes, wanted)
+    for name, linear in kept.items():
+        # As the plan has it in its 16 bits; loading widens it to the dtype of the rest, which changes no value.
+        weight = quantize(linear.module.weight.detach().float(), linear.weight)
+        model.get_submodule(name).weight.data = weight.to(KEPT[linear.weight.name])
     with staged_folder(out) as folder:
         model.config.dtype = wanted
         save_model(model, folder)
         _write_config(config, folder)
-        copy_tokenizer(str(job.program.source.get("origin", "")), folder)
-        stored = tensor_bytes(folder, planned)
+        tokens = copy_companions(job, folder)
+        stored = tensor_bytes(folder, listed)
+        checked = read_checkpoint(TARGET, folder, ref, planned.values(), tokens) if ref else None
     return Exported(
-        target=TARGET, path=Path(out), files=files_in(Path(out)), stored_bytes=stored, notes=tuple(notes),
-        planned_bytes=sum(linear.stored_bits for linear in planned.values()) // 8,
+        target=TARGET, path=Path(out), files=files_in(Path(out)), stored_bytes=stored, notes=tuple(notes), checked=checked,
+        planned_bytes=sum(linear.stored_bits for linear in listed.values()) // 8,
     )  # fmt: skip
 
 
@@ -129,7 +146,9 @@ def check_fused(job: Job) -> None:
 
 def _text(job: Job, module: str) -> str:
     found = job.formats.get(module)
-    return "no format" if found is None else " × ".join(found.formats().values())
+    if found is None or (found.weight in KEPT and found.input is None):
+        return "no format"
+    return " × ".join(found.formats().values())
 
 
 def quantization_config(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -197,7 +216,7 @@ def _write_config(config: Any, folder: Path) -> None:
 
 
 def _dtype(
-    job: Job, planned: Mapping[str, Linear], codes: Mapping[str, Codes], given: str
+    job: Job, planned: Mapping[str, Linear], codes: Mapping[str, Codes], kept: Mapping[str, Linear], given: str
 ) -> tuple[torch.dtype, list[str]]:
     """Return what the checkpoint is stored in, and a note where that was chosen for the sake of the scales."""
     wanted = checkpoint_dtype(job, given)
@@ -208,7 +227,13 @@ def _dtype(
             raise InputError(
                 f"{TARGET} unpacks the {packed.weight.name} of {packed.name} to bfloat16, and --dtype is {given}; use bfloat16"
             )
-        return _dtype(job, planned, codes, "bfloat16")
+        return _dtype(job, planned, codes, kept, "bfloat16")
+    narrow = next((n for n, linear in kept.items() if wanted not in (torch.float32, KEPT[linear.weight.name])), None)
+    if narrow is not None and given != "auto":
+        fmt, text = kept[narrow].weight.name, str(wanted).removeprefix("torch.")
+        raise InputError(f"a {text} checkpoint is loaded in {text}, and the plan keeps {narrow} in {fmt}; use --dtype float32")
+    if narrow is not None:
+        return DTYPES["float32"], [f"stored in float32, because {narrow} is kept in {kept[narrow].weight.name}"]
     if not wide:
         return wanted, []
     name, text = wide[0], str(wanted).removeprefix("torch.")
@@ -237,6 +262,8 @@ def _notes(planned: Mapping[str, Linear]) -> list[str]:
             "inputs in int8:row are scaled to -128 … 127 by compressed-tensors, and to -127 … 127 in the plan: an error of "
             "the same size, in other values"
         )
+    if any(given is None and weight.startswith("int8:g") for weight, given in formats):
+        notes.append("vLLM has no CPU kernel for int8 weights in groups without int8 inputs; int8:row has one, and GPUs run both")
     if any(weight == "nvfp4" for weight, _ in formats):
         notes.append(
             "nvfp4 keeps the reciprocal of a tensor's scale: weights are the plan's but for its rounding (2^-24), and vLLM "

@@ -14,6 +14,14 @@ from aqnfx.graph.program import Program
 from aqnfx.passes.apply_plan import ApplyPlan
 from aqnfx.passes.pipeline import Pipeline
 
+OPERATORS = "aqnfx.ops"
+"""The module whose import registers the operations that graphs hold."""
+
+
+def holds_operators(program: Program) -> bool:
+    """Return whether the graph calls operations of this project."""
+    return any("aqnfx." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+
 
 def planned_program(job: Job, pipeline: str = "") -> Program:
     """Return the job's Program after ``apply-plan`` and the passes of ``pipeline``; raises what a pass raises."""

@@ -33,7 +33,7 @@ class Job:
 
     ``path`` is the plan's file, for messages. ``model`` belongs to the job: an export may change it. ``program`` has run
     ``tag-layers,tag-ops`` and shares its weights. ``stored_dtype`` is that of the file that the model was loaded from, None where
-    it is not known.
+    it is not known; ``loaded`` is the name it was loaded by, None where the model was given.
     """
 
     path: str
@@ -41,6 +41,13 @@ class Job:
     model: nn.Module
     program: Program
     stored_dtype: torch.dtype | None = None
+    loaded: str | None = None
+
+    @property
+    def home(self) -> str:
+        """Where transformers finds what belongs to the model: a directory, a hub id, or a name that leads nowhere."""
+        name = self.loaded or str(self.program.source.get("origin", ""))
+        return str(embedded_model()) if name == EMBEDDED and not Path(name).exists() else name
 
     @property
     def formats(self) -> dict[str, Assignment]:
@@ -53,7 +60,7 @@ class Exported:
     """What an export wrote: the ``target``, the ``path`` to give to others, every file, and ``notes`` to read first.
 
     ``planned_bytes`` is what the plan's formats take for the planned weights, ``stored_bytes`` what they take in the files
-    (None where the target holds no weights).
+    (None where the target holds no weights). ``checked`` says how the target read it back, None where that was not asked for.
     """
 
     target: str
@@ -62,12 +69,14 @@ class Exported:
     planned_bytes: int | None = None
     stored_bytes: int | None = None
     notes: tuple[str, ...] = field(default=())
+    checked: str | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {
             "target": self.target, "path": str(self.path), "files": [str(file) for file in self.files],
             "planned_bytes": self.planned_bytes, "stored_bytes": self.stored_bytes, "notes": list(self.notes),
+            "checked": self.checked,
         }  # fmt: skip
 
 
@@ -85,21 +94,21 @@ def open_plan(
     plan = PrecisionPlan.from_record(read_json(path, schema=Schema.PLAN), where=str(path))
     if not any(found.formats() for found in plan.assignments.values()):
         raise InputError(f"{path} stores everything as the model has it; there is nothing to export")
-    own = None
+    own, loaded = None, None
     if model is None or isinstance(model, (str, Path)):
-        model, own = _load(plan, path, model, allow_missing)
+        model, own, loaded = _load(plan, path, model, allow_missing)
         allow_missing = ()
     program = Pipeline([TagLayers(), TagOps()])(
         trace_for(model, recorded(plan.provenance), allow_missing=allow_missing)
     )
     assigned_sites(program, plan.assignments)
     check_model(plan, program, path)
-    return Job(path=str(path), plan=plan, model=model, program=program, stored_dtype=own)
+    return Job(path=str(path), plan=plan, model=model, program=program, stored_dtype=own, loaded=loaded)
 
 
 def _load(
     plan: PrecisionPlan, path: str | Path, given: str | Path | None, allow_missing: Sequence[str]
-) -> tuple[nn.Module, torch.dtype | None]:
+) -> tuple[nn.Module, torch.dtype | None, str]:
     name = plan.model.get("name") if given is None else str(given)
     if not isinstance(name, str) or not name:
         raise InputError(f"{path} does not name its model; add --model DIRECTORY")
@@ -116,7 +125,7 @@ def _load(
     # Loading in another dtype writes that one over the file's own in the model's config.
     place = str(embedded_model()) if name == EMBEDDED and not Path(name).exists() else name
     own = getattr(AutoConfig.from_pretrained(place, trust_remote_code=False), "dtype", None)
-    return model, own if isinstance(own, torch.dtype) else None
+    return model, own if isinstance(own, torch.dtype) else None, name
 
 
 def needs(package: str, target: str) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from aqnfx.errors import InputError
+from aqnfx.errors import InputError, printable
 from aqnfx.export.checkpoint import files_in
 from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
 from aqnfx.export.job import Exported, Job, needs
 from aqnfx.export.pt2 import export_program
 from aqnfx.export.qdq import DOMAIN, PLACEHOLDER, expand
+from aqnfx.export.readback import Reading, Reference, distance, read_back, reference
 from aqnfx.export.staging import staged_folder
 from aqnfx.graph.assignments import operands_by_module
 from aqnfx.graph.program import Program
@@ -34,11 +35,12 @@ _ONE_FILE = 1 << 30  # bytes; protobuf ends at twice that
 _WORKS = "int8 and int4 with :row, :tensor or :gN; weights also with :asym"
 
 
-def export_onnx(job: Job, out: str | Path) -> Exported:
+def export_onnx(job: Job, out: str | Path, *, check: bool = True) -> Exported:
     """Write ``model.onnx`` (and a data file for large models) to the folder ``out``, checked by onnx itself.
 
     Inputs and outputs have the model's names, batch and sequence stay open where they were traced open. Raises
-    :class:`InputError` for formats other than int8 and int4, for short blocks, and for programs that are not in float32.
+    :class:`InputError` for formats other than int8 and int4, for short blocks, and for programs that are not in float32, and for
+    operations that ONNX has not. ``check`` runs the file with onnxruntime in a fresh process before it is moved to ``out``.
     """
     for package in ("onnx", "onnxscript"):
         needs(package, TARGET)
@@ -52,10 +54,33 @@ def export_onnx(job: Job, out: str | Path) -> Exported:
     with staged_folder(out) as folder:
         large = model.ByteSize() >= _ONE_FILE
         onnx.save_model(model, folder / "model.onnx", save_as_external_data=large, location="model.onnx.data")
-    notes = ("scales are stored in float32, which onnxruntime computes in",) if stored > planned else ()
+        ref = reference(job, program) if check else None
+        reading = read_back(TARGET, folder, ref) if ref else None
+    notes = ["scales are stored in float32, which onnxruntime computes in"] if stored > planned else []
+    notes += _default(job, ref, reading)
     return Exported(
-        target=TARGET, path=Path(out), files=files_in(Path(out)), planned_bytes=planned, stored_bytes=stored, notes=notes
-    )
+        target=TARGET, path=Path(out), files=files_in(Path(out)), planned_bytes=planned, stored_bytes=stored,
+        notes=tuple(notes), checked=reading.line if reading else None,
+    )  # fmt: skip
+
+
+def _default(job: Job, ref: Reference | None, reading: Reading | None) -> list[str]:
+    """Say what onnxruntime's default options do to weights that it fuses with their products, measured where it was run."""
+    formats = [parse_format(a.weight) for a in job.formats.values() if a.weight]
+    fused = any(fmt.element.bits == 4 or fmt.grouping != "block" for fmt in formats)
+    measured = ""
+    if ref is not None and reading is not None and reading.off is not None:
+        plain = {name: value for name, value in reading.outputs.items() if name in ref.outputs}
+        default = {name: reading.outputs[f"default/{name}"] for name in plain}
+        off = distance(plain, default)
+        fused = off > max(ref.rounding, ref.inputs / 2)
+        measured = f" (here an error of {off:.1g}, where the plan's own is {ref.error:.1g})"
+    if not fused:
+        return []
+    return [
+        "onnxruntime's default session fuses such weights with their products (MatMulNBits) and rounds the inputs of these to 8 "
+        f"bits{measured}; add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1') computes the plan"
+    ]
 
 
 def _check(job: Job) -> None:
@@ -114,12 +139,23 @@ def _translate(program: Program) -> Any:
     with _placeholder(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch|onnx|copyreg")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        found = torch.onnx.export(
-            export_program(program), (), dynamo=True, opset_version=OPSET, verbose=False, input_names=list(examples(program)),
-            output_names=names, custom_translation_table={FakeQuantCall.target: fake_quant},
-        )  # fmt: skip
+        exported = export_program(program)
+        try:
+            found = torch.onnx.export(
+                exported, (), dynamo=True, opset_version=OPSET, verbose=False, input_names=list(examples(program)),
+                output_names=names, custom_translation_table={FakeQuantCall.target: fake_quant},
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise InputError(f"{TARGET} cannot express this model: {_cause(error)}; use pt2 or python") from error
     assert found is not None  # with dynamo
     return found.model_proto
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of what a chain of errors began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return printable(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))[:200]
 
 
 @contextlib.contextmanager

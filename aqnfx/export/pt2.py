@@ -6,16 +6,19 @@ Loading one can run code, so nothing here loads any; ``aqnfx.trace`` does when i
 from __future__ import annotations
 
 import inspect
+import io
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from aqnfx.errors import InputError
-from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
+from aqnfx.export.graphs import OPERATORS, examples, holds_operators, output_names, outputs_of, planned_program
 from aqnfx.export.job import Exported, Job
+from aqnfx.export.readback import read_back, reference
 from aqnfx.export.staging import staged_file
 from aqnfx.graph.edit import output_node
 from aqnfx.graph.program import Program
@@ -26,17 +29,18 @@ from aqnfx.ops.capture_gradient import CaptureGradientCall
 TARGET = "pt2"
 
 
-def export_pt2(job: Job, out: str | Path, *, pipeline: str = "") -> Exported:
+def export_pt2(job: Job, out: str | Path, *, pipeline: str = "", check: bool = True) -> Exported:
     """Write the Program that the plan (and ``pipeline`` after it) makes as one ``.pt2`` file.
 
     ``torch.export.load`` reads it after ``import aqnfx.ops``, or without aqnfx where the pipeline ends in
     ``lower-ops``. Its module takes the model's inputs by name and returns a dict of its outputs.
     """
     program = planned_program(job, pipeline)
-    write_pt2(program, out)
-    note = "aqnfx's operations are in the file: import aqnfx.ops before torch.export.load"
-    ours = any("aqnfx." in str(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return Exported(target=TARGET, path=Path(out), files=(Path(out),), notes=(note,) if ours else ())
+    line = _write(program, out, job if check else None)
+    note = f"aqnfx's operations are in the file: import {OPERATORS} before torch.export.load"
+    return Exported(
+        target=TARGET, path=Path(out), files=(Path(out),), notes=(note,) if holds_operators(program) else (), checked=line
+    )
 
 
 def write_pt2(program: Program, out: str | Path) -> Path:
@@ -45,12 +49,60 @@ def write_pt2(program: Program, out: str | Path) -> Path:
     Captures are outputs: beside the model's own stands ``"captures"``, site id -> ``channels`` and ``totals`` of one call (see
     :func:`aqnfx.ops.capture.accumulate`). Noise controls are buffers of the file's module, as in the Program.
     """
+    _write(program, out, None)
+    return Path(out)
+
+
+def _write(program: Program, out: str | Path, job: Job | None) -> str | None:
     if Path(out).suffix != ".pt2":
         raise InputError(f"{out}: torch.export writes files whose names end in .pt2; choose such a name")
     exported = export_program(program)
     with staged_file(out) as temporary:
-        torch.export.save(exported, temporary)
-    return Path(out)
+        _save(exported, temporary)
+        if job is None:
+            return None
+        imports = [OPERATORS] if holds_operators(program) else []
+        return read_back(TARGET, temporary, reference(job, program.fork()), imports=imports).line
+
+
+def _save(exported: ExportedProgram, path: Path) -> None:
+    """Write the file; PyTorch's own writer ends the process on a full disk."""
+    with path.open("wb") as file:
+        kept = _Kept(file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*\.pt2.*")  # the name of a file that has none
+            torch.export.save(exported, cast("IO[bytes]", kept))
+        if kept.error is not None:
+            raise kept.error
+
+
+class _Kept(io.RawIOBase):
+    """A file whose writes never raise; the first error is kept, since C++ that calls them cannot be unwound."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.file.flush()
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def export_program(program: Program) -> ExportedProgram:

@@ -13,8 +13,9 @@ from torch.fx.node import _get_qualified_name
 
 from aqnfx.errors import InputError, printable
 from aqnfx.export.checkpoint import files_in
-from aqnfx.export.graphs import examples, output_names, outputs_of, planned_program
+from aqnfx.export.graphs import OPERATORS, examples, holds_operators, output_names, outputs_of, planned_program
 from aqnfx.export.job import Exported, Job
+from aqnfx.export.readback import read_back, reference
 from aqnfx.export.staging import staged_folder
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import constant, get_tag
@@ -65,7 +66,7 @@ if __name__ == "__main__":
 '''
 
 
-def export_python(job: Job, out: str | Path, *, pipeline: str = "") -> Exported:
+def export_python(job: Job, out: str | Path, *, pipeline: str = "", check: bool = True) -> Exported:
     """Write the Program that the plan (and ``pipeline`` after it) makes as ``model.py`` and ``weights.safetensors``.
 
     The module needs PyTorch and safetensors, and aqnfx for operations of its own; ``pipeline="lower-ops"`` prints those
@@ -76,7 +77,8 @@ def export_python(job: Job, out: str | Path, *, pipeline: str = "") -> Exported:
     with staged_folder(out) as folder:
         (folder / SOURCE).write_text(text, encoding="utf-8")
         save_file(weights, folder / WEIGHTS)
-    return Exported(target=TARGET, path=Path(out), files=files_in(Path(out)))
+        line = read_back(TARGET, folder, reference(job, program)).line if check else None
+    return Exported(target=TARGET, path=Path(out), files=files_in(Path(out)), checked=line)
 
 
 def named_tensors(program: Program) -> dict[str, torch.Tensor]:
@@ -87,7 +89,6 @@ def named_tensors(program: Program) -> dict[str, torch.Tensor]:
 
 def python_source(program: Program) -> str:
     """Return the Program as the text of a Python module, one line per operation, under the names of its modules."""
-    needed = any("aqnfx." in _called(node) for node in program.graph.nodes if node.op == "call_function")
     names = list(examples(program))
     outputs = outputs_of(program)
     called = output_names(program, len(outputs))
@@ -109,7 +110,7 @@ def python_source(program: Program) -> str:
     head = _HEAD.format(
         title=f"{name}, as a graph.", parameters=parameters,
         pipeline=printable(program.pipeline).replace("\\", "/").replace('"""', "''"),
-        imports="import aqnfx.ops  # registers torch.ops.aqnfx\n" if needed else "",
+        imports=f"import {OPERATORS}  # registers torch.ops.aqnfx\n" if holds_operators(program) else "",
         inputs=", ".join(n for n in names if not n.endswith("mask")), first=called[0],
     )  # fmt: skip
     body = "".join(f"        {line}".rstrip() + "\n" for line in lines)

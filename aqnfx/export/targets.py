@@ -11,7 +11,7 @@ from torch import nn
 
 from aqnfx.errors import InputError, nearest
 from aqnfx.export.job import Exported, open_plan
-from aqnfx.export.staging import check_free
+from aqnfx.export.staging import check_apart, check_free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +44,17 @@ TARGETS: dict[str, Target] = {
 
 
 def export_plan(
-    plan: str | Path, target: str, out: str | Path, *, model: nn.Module | str | Path | None = None,
+    plan: str | Path, target: str, out: str | Path, *, model: nn.Module | str | Path | None = None, check: bool = True,
     allow_missing: Sequence[str] = (), **options: str,
 ) -> Exported:  # fmt: skip
     """Write the plan file ``plan`` for ``target`` to ``out``, and return what was written.
 
     ``model`` is by default the one that the plan names; a module given here belongs to the export, which changes it.
-    ``allow_missing`` is that of :func:`aqnfx.trace`. ``options`` are those of the target's function (``dtype`` for checkpoints,
+    ``allow_missing`` is that of :func:`aqnfx.trace`. What was written is read back by its target in a fresh process before it
+    is moved to ``out``, unless ``check`` is false. ``options`` are those of the target's function (``dtype`` for checkpoints,
     ``pipeline`` for graphs). Everything is written or nothing. Raises :class:`InputError` and other errors of this project
-    in one line: an unknown target, a file
-    that is no plan, another model, and formats that the target cannot express.
+    in one line: an unknown target, a file that is no plan, another model, and formats that the target cannot express;
+    :class:`ExportError` where the target reads something else than the plan.
     """
     if target not in TARGETS:
         raise InputError(f"unknown target {target!r}; known: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
@@ -63,4 +64,7 @@ def export_plan(
         takers = ", ".join(name for name, other in TARGETS.items() if wrong in other.options)
         raise InputError(f"--{wrong} is not an option of {target}, but of {takers or 'no target'}")
     check_free(out, folder=found.folder)
-    return found.load()(open_plan(plan, model, allow_missing=allow_missing), out, **options)
+    check_apart(out, plan, model if isinstance(model, (str, Path)) else None)
+    job = open_plan(plan, model, allow_missing=allow_missing)
+    check_apart(out, plan, job.home)
+    return found.load()(job, out, check=check, **options)

@@ -19,13 +19,16 @@ from aqnfx.errors import AqnfxError, InputError
 from aqnfx.export.checkpoint import (
     check_pretrained,
     checkpoint_dtype,
-    copy_tokenizer,
     files_in,
+    read_checkpoint,
     save_model,
     tensor_bytes,
     untie,
 )
+from aqnfx.export.companions import copy_companions
+from aqnfx.export.graphs import planned_program
 from aqnfx.export.job import Exported, Job, Linear, needs, planned_linears
+from aqnfx.export.readback import reference
 from aqnfx.export.staging import staged_folder
 from aqnfx.numerics.formats import E4M3, E5M2, Format, IntElement, encode
 
@@ -34,11 +37,12 @@ _FP8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 _INPUTS = "int8:token, int8:token:asym, or nothing"
 
 
-def export_torchao(job: Job, out: str | Path, *, dtype: str = "auto") -> Exported:
+def export_torchao(job: Job, out: str | Path, *, dtype: str = "auto", check: bool = True) -> Exported:
     """Write a checkpoint directory that ``transformers.from_pretrained`` loads as torchao tensors, in safetensors files.
 
     ``dtype`` is what everything else is stored in: "auto", "float32", "bfloat16" or "float16". Raises
-    :class:`InputError` for what torchao cannot store or run on a CPU, naming the module and the format.
+    :class:`InputError` for what torchao cannot store or run on a CPU, naming the module and the format. ``check`` loads the
+    checkpoint in a fresh process before it is moved to ``out``.
     """
     needs("torchao", TARGET)
     model = check_pretrained(job, TARGET)
@@ -46,6 +50,7 @@ def export_torchao(job: Job, out: str | Path, *, dtype: str = "auto") -> Exporte
     wanted = checkpoint_dtype(job, dtype)
     configs = {name: config_of(linear, wanted) for name, linear in planned.items()}
     config = fqn_config(configs)
+    ref = reference(job, planned_program(job), wanted) if check else None
     notes = [*untie(job, planned.values()), *_notes(planned)]
     codes = {name: encode(linear.module.weight, linear.weight) for name, linear in planned.items()}
     model = model.to(wanted)
@@ -54,10 +59,11 @@ def export_torchao(job: Job, out: str | Path, *, dtype: str = "auto") -> Exporte
         _fill(model.get_submodule(name).weight, code.elements, code.scales, code.zeros, planned[name].weight)
     with staged_folder(out) as folder:
         _save(model, config, wanted, folder)
-        copy_tokenizer(str(job.program.source.get("origin", "")), folder)
+        tokens = copy_companions(job, folder)
         stored = tensor_bytes(folder, planned)
+        checked = read_checkpoint(TARGET, folder, ref, planned.values(), tokens) if ref else None
     return Exported(
-        target=TARGET, path=Path(out), files=files_in(Path(out)), stored_bytes=stored, notes=tuple(notes),
+        target=TARGET, path=Path(out), files=files_in(Path(out)), stored_bytes=stored, notes=tuple(notes), checked=checked,
         planned_bytes=sum(linear.stored_bits for linear in planned.values()) // 8,
     )  # fmt: skip
 
