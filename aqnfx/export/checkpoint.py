@@ -112,12 +112,12 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def read_checkpoint(
-    target: str, folder: Path, ref: Reference, planned: Iterable[Linear], tokens: list[int] | None
+    target: str, folder: Path, ref: Reference, planned: Iterable[Linear], tokens: list[int] | None, hint: str = ""
 ) -> str:
     """Load a checkpoint in a fresh process and compare it with the plan; return the line that says how that went."""
     # The runtimes scale such inputs to -128 to 127, a plan to -127 to 127: two errors of one size, in other values.
     apart = any(linear.input is not None and linear.input.name == "int8:row" for linear in planned)
-    return read_back(target, folder, ref, allowed=3.0 * ref.inputs if apart else 0.0, tokens=tokens).line
+    return read_back(target, folder, ref, allowed=3.0 * ref.inputs if apart else 0.0, hint=hint, tokens=tokens).line
 
 
 def tensor_bytes(folder: Path, modules: Iterable[str]) -> int:

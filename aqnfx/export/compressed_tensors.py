@@ -74,11 +74,17 @@ def export_compressed_tensors(job: Job, out: str | Path, *, dtype: str = "auto",
         _write_config(config, folder)
         tokens = copy_companions(job, folder)
         stored = tensor_bytes(folder, listed)
-        checked = read_checkpoint(TARGET, folder, ref, planned.values(), tokens) if ref else None
+        checked = read_checkpoint(TARGET, folder, ref, planned.values(), tokens, _hint(model)) if ref else None
     return Exported(
         target=TARGET, path=Path(out), files=files_in(Path(out)), stored_bytes=stored, notes=tuple(notes), checked=checked,
         planned_bytes=sum(linear.stored_bits for linear in listed.values()) // 8,
     )  # fmt: skip
+
+
+def _hint(model: nn.Module) -> str:
+    if not any(parameter.dim() == 3 for parameter in model.parameters()):
+        return ""
+    return "; transformers reads experts as they are beside weights in fp8_e4m3 only, so plan these, or use torchao"
 
 
 def scheme_of(linear: Linear) -> dict[str, Any]:

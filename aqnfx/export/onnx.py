@@ -155,7 +155,8 @@ def _cause(error: BaseException) -> str:
     """Return the first line of what a chain of errors began with."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return printable(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))[:200]
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return printable(first).partition(". Failure message")[0][:200]
 
 
 @contextlib.contextmanager

@@ -26,10 +26,10 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 class Case:
     """A checkpoint on disk, its clean Program, and plans for it. Tracing takes long, so tests share cases."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
+    def __init__(self, directory: Path, family: str = "llama", **options: Any) -> None:
         self.directory = directory
         self.checkpoint = directory / "model"
-        model: Any = build("llama", **{**WIDE, **options})
+        model: Any = build(family, **({**WIDE, **options} if family == "llama" else options))
         model.save_pretrained(self.checkpoint)
         self.clean = aqnfx.Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(str(self.checkpoint)))
         self.digest = model_digest(self.clean)

@@ -50,7 +50,7 @@ def longer() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def written(tied: Case) -> Exported:
     """Exporting takes seconds, so tests share one; its head is tied."""
-    return export_onnx(tied.job(FORMATS), tied.new())
+    return export_onnx(tied.job(FORMATS), tied.new(), check=False)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def test_the_file_shrinks_as_planned(tied: Case, written: Exported) -> None:
 def test_what_qdq_does_not_have_is_refused(case: Case, formats: dict[str, dict[str, str]], words: str) -> None:
     job, out = case.job(formats), case.new()
     with pytest.raises(InputError) as error:
-        export_onnx(job, out)
+        export_onnx(job, out, check=False)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not out.exists()
@@ -144,5 +144,5 @@ def test_other_dtypes_are_refused(case: Case) -> None:
     job = case.job({DOWN: {"weight": "int8:row"}})
     job.model.to(torch.bfloat16)
     with pytest.raises(InputError, match="onnx exports float32"):
-        export_onnx(job, case.new())
+        export_onnx(job, case.new(), check=False)
 

@@ -25,7 +25,7 @@ def loaded(path: Path) -> Any:
 @pytest.mark.parametrize("pipeline", ["", "lower-ops"])
 @torch.no_grad()
 def test_the_quantised_graph(case: Case, pipeline: str) -> None:
-    found = export_pt2(case.job(FORMATS), case.new().with_suffix(".pt2"), pipeline=pipeline)
+    found = export_pt2(case.job(FORMATS), case.new().with_suffix(".pt2"), pipeline=pipeline, check=False)
     assert bool(found.notes) == (pipeline == "")
     module, program = loaded(found.path), case.planned(FORMATS)
     for given in (batch(), {name: value.repeat(2, 3) for name, value in batch().items()}):

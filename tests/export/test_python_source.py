@@ -33,7 +33,7 @@ def module_of(text: str, path: Path) -> Any:
 @pytest.mark.parametrize("pipeline", ["", 'insert-noise{where="ops:linear" level=0.05}'])
 @torch.no_grad()
 def test_the_printed_module_returns_the_same_bits(case: Case, pipeline: str, tmp_path: Path) -> None:
-    found = export_python(case.job(FORMATS), case.new(), pipeline=pipeline)
+    found = export_python(case.job(FORMATS), case.new(), pipeline=pipeline, check=False)
     module = module_of((found.path / SOURCE).read_text("utf-8"), tmp_path / "printed.py")
     program = case.planned(FORMATS)
     program = aqnfx.Pipeline.parse(pipeline)(program) if pipeline else program
@@ -56,7 +56,7 @@ def test_the_printed_module_can_be_read(case: Case) -> None:
 
 
 def test_lowered_it_needs_nothing_of_this_project(case: Case, tmp_path: Path) -> None:
-    found = export_python(case.job(FORMATS), case.new(), pipeline="lower-ops")
+    found = export_python(case.job(FORMATS), case.new(), pipeline="lower-ops", check=False)
     hidden = "import sys; sys.modules['aqnfx'] = None; import runpy; runpy.run_path('model.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hidden], cwd=found.path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -115,25 +115,27 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return float((a - b)[finite].square().mean().sqrt()) if finite.any() else 0.0
 
 
-def read_back(target: str, path: Path, ref: Reference, *, allowed: float = 0.0, **facts: Any) -> Reading:
+def read_back(target: str, path: Path, ref: Reference, *, allowed: float = 0.0, hint: str = "", **facts: Any) -> Reading:
     """Load what lies at ``path`` in a fresh process and compare; ``facts`` are what the child reads of its job.
 
-    ``allowed`` is what the target may be off besides, for a reason that its notes name. Raises :class:`ExportError` where it
+    ``allowed`` is what the target may be off besides, for a reason that its notes name; ``hint`` ends the message of an export
+    that does not load. Raises :class:`ExportError` where it
     does not load, lacks a tensor, or computes something else.
     """
     package = _PACKAGES.get(target)
     if package is not None and importlib.util.find_spec(package) is None:
         return Reading(line=f"not checked: the package {package}, which would read it back, is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        found = _child(target, path, ref, Path(folder), facts)
+        found = _child(target, path, ref, Path(folder), facts, hint)
     mine = {name: value for name, value in ref.outputs.items() if name in found and found[name].shape == value.shape}
     if not mine or ("logits" in ref.outputs and "logits" not in mine):
-        raise ExportError(f"{target} returns {', '.join(found) or 'nothing'} in other shapes than the plan; nothing was written")
+        names = ", ".join(found) or "nothing"
+        raise ExportError(f"{target} returns {names} in other shapes than the plan; nothing is left there")
     off, bound = distance(mine, found), max(_MARGIN * ref.rounding, ref.inputs / 2, allowed)
     if not off <= bound:
         raise ExportError(
             f"read back by {target}, the export is off the plan by {off:.2g} (root mean square of its outputs) where {bound:.1g} "
-            f"is allowed, and the plan itself is off the model by {ref.error:.2g}; nothing was written, --no-check writes it"
+            f"is allowed, and the plan itself is off the model by {ref.error:.2g}; nothing is left there, --no-check writes it"
         )
     return Reading(line=f"read back in a fresh process: off the plan by {off:.1g}, the plan off the model by {ref.error:.1g}",
                    off=off, outputs=found)  # fmt: skip
@@ -150,7 +152,9 @@ def tokens_of(name: str) -> list[int] | None:
     return found
 
 
-def _child(target: str, path: Path, ref: Reference, folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+def _child(
+    target: str, path: Path, ref: Reference, folder: Path, facts: Mapping[str, Any], hint: str
+) -> dict[str, Tensor]:
     job = {
         "target": target, "path": str(path.absolute()), "inputs": str(folder / "inputs.safetensors"), "tokens": None,
         "outputs": str(folder / "outputs.safetensors"), "constants": dict(ref.constants), "imports": [],
@@ -177,8 +181,10 @@ def _child(target: str, path: Path, ref: Reference, folder: Path, facts: Mapping
         lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
     if code < 0:
         raise ExportError(f"the process that read the export back was killed by signal {-code}, by want of memory most often; "
-                          "nothing was written, --no-check writes it unread")  # fmt: skip
+                          "nothing is left there, --no-check writes it unread")  # fmt: skip
     if code:
         reason = printable(lines[-1])[:300] if lines else f"exit code {code}"
-        raise ExportError(f"{target} cannot load what was written ({reason}); nothing was written, --no-check writes it unread")
+        raise ExportError(
+            f"{target} cannot load what was written ({reason}){hint}; nothing is left there, --no-check writes it unread"
+        )
     return load_file(job["outputs"])
