@@ -37,8 +37,9 @@ def test_graphs_run_where_only_the_named_modules_are_imported(gpt2: Case, target
     assert (found.checked or "").startswith("read back in a fresh process: off the plan by")
 
 
+@pytest.mark.slow
 def test_graphs_that_lack_an_operator_are_refused(gpt2: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("aqnfx.export.pt2.OPERATORS", ())
+    monkeypatch.setattr("aqnfx.export.pt2.OPERATORS", "json")
     with pytest.raises(ExportError, match=r"pt2 cannot load what was written \(.*\); nothing is left there") as error:
         export_pt2(gpt2.job({C_FC: {"weight": "int4:g32"}}), tmp_path / "out.pt2")
     assert "\n" not in str(error.value)
@@ -66,11 +67,13 @@ def test_onnxruntime_reads_it_and_its_default_session_has_a_note(gpt2: Case) -> 
     assert any("rounds the inputs of these to 8 bits (here an error of" in note for note in found.notes)
 
 
+@pytest.mark.slow  # ModelOpt takes long to import; what it makes of the file is tested in one process besides
 def test_modelopt_reads_it(case: Case) -> None:
     found = export_modelopt(case.job({DOWN: {"weight": "int4:g32:fp32"}}), case.new().with_suffix(".yaml"))
     assert (found.checked or "").startswith("read back in a fresh process")
 
 
+@pytest.mark.slow
 def test_experts_that_transformers_does_not_load_beside_codes_are_refused(tmp_path: Path) -> None:
     case = Case(tmp_path / "moe", "qwen3_moe", num_hidden_layers=1)
     job, out = case.job({"model.layers.0.self_attn.o_proj": {"weight": "int8:row"}}), case.new()
