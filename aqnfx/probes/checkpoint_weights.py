@@ -17,18 +17,13 @@ from torch import Tensor
 
 from aqnfx.errors import ModelError, printable
 from aqnfx.graph.checkpoint_files import QUANTISED, Entry, header_digest, model_directory, read_config, read_entries
+from aqnfx.graph.orientation import Layout, layouts_of
 
 CHUNK = 1 << 19
 """Values of a chunk: what eager temporaries keep near the core (measured: half as fast at 2^22), and enough for a kernel."""
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _LONGEST_ROW = 1 << 24
-
-# Weights stored as (in, out), by the model types that have them: those with transformers' Conv1D, and stacked experts.
-_CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
-_EXPERT_TYPES = {"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"}
-_EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj|fc1\.weight|fc2\.weight)$")
 
 _NO_WEIGHT = re.compile(r"(bias|mask|_ids|_index|_indices)$")  # old checkpoints keep attention masks and position ids
 _KERNEL = 64  # a third dimension below this is the kernel of a convolution, from here on a stack of matrices
@@ -85,34 +80,27 @@ def open_checkpoint(model: str) -> Checkpoint:
     directory = model_directory(model)
     config = read_config(directory)
     entries = read_entries(directory)
-    types = _model_types(config)
-    skipped: Counter[str] = Counter()
+    kinds = [_skipped_kind(entry) for entry in entries]
+    skipped = Counter(kind for kind in kinds if kind is not None)
+    held = [entry for entry, kind in zip(entries, kinds, strict=True) if kind is None]
+    if odd := next((entry for entry in held if entry.dtype not in _FLOATS), None):
+        raise ModelError(_not_floating(odd, config or {}))
+    note, turned = "No config.json: every weight is taken as (out, in), which those of GPT-2 are not.", dict[str, Layout]()
+    if config is not None:
+        turned, note = layouts_of(directory, {entry.key: entry.shape for entry in held})
     weights: dict[str, Weight] = {}
-    for entry in entries:
-        kind = _skipped_kind(entry)
-        if kind is not None:
-            skipped[kind] += 1
-            continue
-        weight = _weight(entry, config or {}, types)
+    for entry in held:
+        weight = _weight(entry, turned.get(entry.key))
         if weight.module in weights:  # "a" beside "a.weight": the second keeps its whole name
-            weight = _weight(entry, config or {}, types, module=entry.key)
+            weight = _weight(entry, turned.get(entry.key), module=entry.key)
         weights[weight.module] = weight
     if not weights:
         raise ModelError(f"model {model!r} holds no weight of two or more dimensions among its {len(entries)} tensors")
-    none = "no config.json: every weight is taken as (out, in), which those of GPT-2 are not"
     return Checkpoint(
         name=directory.resolve().name if Path(model).exists() else model, model_type=(config or {}).get("model_type"),
         weights=tuple(weights.values()), skipped=dict(skipped), digest=header_digest(entries),
-        notes=() if config is not None else (none,),
+        notes=(note,) if note else (),
     )  # fmt: skip
-
-
-def _model_types(config: Any) -> set[str]:
-    """Return the model types of a config and of the configs inside of it."""
-    if not isinstance(config, Mapping):
-        return set()
-    own = config.get("model_type")
-    return ({own} if isinstance(own, str) else set()).union(*map(_model_types, config.values()))
 
 
 def _skipped_kind(entry: Entry) -> str | None:
@@ -124,15 +112,11 @@ def _skipped_kind(entry: Entry) -> str | None:
     return "biases, masks and indices" if entry.dtype == "BOOL" or _NO_WEIGHT.search(entry.key) else None
 
 
-def _weight(entry: Entry, config: Mapping[str, Any], types: set[str], module: str | None = None) -> Weight:
-    if entry.dtype not in _FLOATS:
-        raise ModelError(_not_floating(entry, config))
+def _weight(entry: Entry, layout: Layout | None, module: str | None = None) -> Weight:
     shape = entry.shape
-    stack, rows, width, transposed = 1, shape[0], math.prod(shape[1:]), False
-    if len(shape) == 2 and types & _CONV1D_TYPES and _CONV1D.search(entry.key):
-        rows, width, transposed = shape[1], shape[0], True
-    elif len(shape) == 3 and types & _EXPERT_TYPES and _EXPERTS.search(entry.key):
-        stack, rows, width, transposed = shape[0], shape[2], shape[1], True
+    stack, rows, width, transposed = 1, shape[0], math.prod(shape[1:]), layout is not None
+    if layout is not None:
+        stack, rows, width = layout.stack, layout.rows, layout.width
     elif len(shape) == 3 and shape[2] >= _KERNEL:
         stack, rows, width = shape
     if width > _LONGEST_ROW:
