@@ -8,12 +8,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aqnfx.diagnosis.activation_capture import ActivationCapture as ActivationCapture
-    from aqnfx.diagnosis.analysis import Analysis as Analysis
-    from aqnfx.diagnosis.analysis import analyze as analyze
     from aqnfx.diagnosis.diagnose import diagnose as diagnose
-    from aqnfx.diagnosis.scan import Scan as Scan
-    from aqnfx.diagnosis.scan import scan as scan
-    from aqnfx.diagnosis.sensitivity import SensitivityMap as SensitivityMap
+    from aqnfx.diagnosis.explain.analysis import Analysis as Analysis
+    from aqnfx.diagnosis.explain.analysis import analyze as analyze
+    from aqnfx.diagnosis.sensitivity_map import SensitivityMap as SensitivityMap
     from aqnfx.errors import AqnfxError as AqnfxError
     from aqnfx.graph.frontend import trace as trace
     from aqnfx.graph.opkinds import OpKind as OpKind
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from aqnfx.planning.planner import plan as plan
     from aqnfx.planning.precision_plan import PrecisionPlan as PrecisionPlan
     from aqnfx.reporting.integrated import IntegratedDiagnostic as IntegratedDiagnostic
+    from aqnfx.scanning.scan import Scan as Scan
+    from aqnfx.scanning.scan import scan as scan
 
 # Public names load their module on first use, so that `import aqnfx` and `aqnfx --help` do not import torch.
 _LAZY = {
@@ -40,16 +40,16 @@ _LAZY = {
     "OpKind": "aqnfx.graph.opkinds",
     "Pipeline": "aqnfx.passes.pipeline",
     "diagnose": "aqnfx.diagnosis.diagnose",
-    "analyze": "aqnfx.diagnosis.analysis",
-    "Analysis": "aqnfx.diagnosis.analysis",
-    "scan": "aqnfx.diagnosis.scan",
-    "Scan": "aqnfx.diagnosis.scan",
+    "analyze": "aqnfx.diagnosis.explain.analysis",
+    "Analysis": "aqnfx.diagnosis.explain.analysis",
+    "scan": "aqnfx.scanning.scan",
+    "Scan": "aqnfx.scanning.scan",
     "plan": "aqnfx.planning.planner",
     "PrecisionPlan": "aqnfx.planning.precision_plan",
     "instrument": "aqnfx.live.instrument",
     "Handle": "aqnfx.live.instrument",
     "Backend": "aqnfx.live.backend",
-    "SensitivityMap": "aqnfx.diagnosis.sensitivity",
+    "SensitivityMap": "aqnfx.diagnosis.sensitivity_map",
     "ActivationCapture": "aqnfx.diagnosis.activation_capture",
     "IntegratedDiagnostic": "aqnfx.reporting.integrated",
     "relative_degradation": "aqnfx.numerics.metrics",

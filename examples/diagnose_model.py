@@ -13,7 +13,7 @@ import argparse
 
 import aqnfx
 from aqnfx.data import embedded_problems
-from aqnfx.diagnosis.recommend import recommend
+from aqnfx.diagnosis.advice.recommend import recommend
 from aqnfx.reporting.report import save_report
 
 

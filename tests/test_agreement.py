@@ -22,11 +22,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from aqnfx.diagnosis.estimated import agreement
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.fit import agreement
 from aqnfx.graph.loading import load_model
+from aqnfx.probes.data.samples import load_tokenizer
 from aqnfx.probes.measurements import Measurements, Probe
-from aqnfx.probes.samples import load_tokenizer
 
 BENCH = Path(__file__).resolve().parents[1] / "examples" / "bench"
 LENGTH = 96

@@ -110,7 +110,7 @@ def test_noise_kinds_are_all_described() -> None:
 
 
 def test_every_field_of_the_map_is_described() -> None:
-    from aqnfx.diagnosis.sensitivity import SensitivityMap
+    from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 
     described = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/artifacts.md").read_text("utf-8"), re.MULTILINE))
     missing = {f.name for f in dataclasses.fields(SensitivityMap)} - {"extra"} - described

@@ -16,7 +16,7 @@ from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.graph.loading import load_model
-from aqnfx.probes.samples import load_samples, load_tokenizer
+from aqnfx.probes.data.samples import load_samples, load_tokenizer
 
 LEVEL, SAMPLES, LENGTH, SEEDS, SITES = 0.1, 16, 64, 3, 8
 

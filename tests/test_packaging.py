@@ -41,7 +41,7 @@ RANKS = {
     "probes": 6,
     "live": 7,
     "noisy_ops": 8,
-    "scanning": 9,
+    "scanning": 10,  # until settings and preparing are in probes
     "diagnosis": 10,
     "faults": 11,
     "planning": 11,

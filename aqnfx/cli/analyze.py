@@ -27,7 +27,7 @@ def command(
 
     from aqnfx.cli.places import check_files_in, output_directory
     from aqnfx.cli.terminal import Terminal
-    from aqnfx.diagnosis.analysis import analyze
+    from aqnfx.diagnosis.explain.analysis import analyze
     from aqnfx.reporting.analysis import FILES, print_analysis, save_analysis
     from aqnfx.reporting.report import load_map
 

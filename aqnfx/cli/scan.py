@@ -33,8 +33,8 @@ def command(
     from aqnfx.cli.places import check_files_in, output_directory
     from aqnfx.cli.session import check_data, keep_freed_memory
     from aqnfx.cli.terminal import Terminal, progress_bar
-    from aqnfx.diagnosis.scan import scan
     from aqnfx.reporting.scan import FILES, print_scan, save_scan
+    from aqnfx.scanning.scan import scan
 
     keep_freed_memory()
     console = Terminal(stderr=json_output)

@@ -19,7 +19,7 @@ from aqnfx.cli.terminal import Terminal, progress_bar
 from aqnfx.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
-    from aqnfx.diagnosis.sensitivity import SensitivityMap
+    from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 
 JOURNAL = "journal.jsonl"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

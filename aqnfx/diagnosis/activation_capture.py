@@ -22,7 +22,7 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_layers import TagLayers
 from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.capture import MODERATE, Captures, collect, own_rows
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 
 CAPTURED = (OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RMS_NORM)
 
@@ -120,7 +120,7 @@ class ActivationCapture:
         """Accumulate over ``batches`` without gradients and return how many there were.
 
         One or several of: token ids (B, S) or whatever single tensor the model takes, a mapping of the model's
-        arguments, a :class:`~aqnfx.probes.data.Batch`. Raises :class:`InputError` for anything else.
+        arguments, a :class:`~aqnfx.probes.data.batches.Batch`. Raises :class:`InputError` for anything else.
         """
         items: Any = [batches] if isinstance(batches, (Tensor, Mapping, Batch)) else batches
         if not isinstance(items, Iterable):

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import aqnfx
-from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS, choose_probes
-from aqnfx.diagnosis.confirm import confirm
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, Recipe, capture_on, instrument, plan, prepare
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.probe_choice import CHECKS, SPOT_CHECKS, choose_probes
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
+from aqnfx.diagnosis.statistics.thresholds import confirm
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.opkinds import OpKind
@@ -33,10 +33,9 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.capture import Captures, collect
-from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
-from aqnfx.probes.data import Batch, data_digest
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.batches import Batch, data_digest
+from aqnfx.probes.data.examples import Data
 from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
@@ -44,6 +43,7 @@ from aqnfx.probes.measure import Progress, Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.predict import Predictions, predict
 from aqnfx.probes.ray_executor import RayExecutor, identity_of
+from aqnfx.probes.recompute import checkpointed
 from aqnfx.probes.tasks import METRICS
 from aqnfx.probes.traces import WeightTrace, fisher_traces, hessian_traces
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from aqnfx.diagnosis.choose import CHECKS, SPOT_CHECKS
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, instrument
+from aqnfx.diagnosis.probe_choice import CHECKS, SPOT_CHECKS
 from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.probes.compile_choice import compile_seconds, what_to_compile
 from aqnfx.probes.work import Sweep

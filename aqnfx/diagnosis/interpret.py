@@ -8,15 +8,21 @@ from typing import Any
 import numpy as np
 
 from aqnfx.artifacts import jsonable
-from aqnfx.diagnosis.confirm import confirmation_records
-from aqnfx.diagnosis.details import THRESHOLD_COST, Estimates, estimate, level_records, threshold
-from aqnfx.diagnosis.estimated import agreement, with_estimates
-from aqnfx.diagnosis.estimates import Options, SampleScores, ratios
-from aqnfx.diagnosis.predicted import activation_statistics, channel_records, prediction_notes, site_predictions
-from aqnfx.diagnosis.ranking import is_critical, rank
-from aqnfx.diagnosis.sensitivity import SensitivityMap, layer_label, level_key
-from aqnfx.diagnosis.sqnr import sqnr_record
-from aqnfx.diagnosis.windows import window_records
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap, layer_label, level_key
+from aqnfx.diagnosis.statistics.estimates import Estimates, estimate
+from aqnfx.diagnosis.statistics.fit import agreement, with_estimates
+from aqnfx.diagnosis.statistics.predicted import (
+    activation_statistics,
+    channel_records,
+    prediction_notes,
+    site_predictions,
+)
+from aqnfx.diagnosis.statistics.ranking import is_critical, rank
+from aqnfx.diagnosis.statistics.records import THRESHOLD_COST, level_records, threshold
+from aqnfx.diagnosis.statistics.samples import Intervals, SampleScores, ratios
+from aqnfx.diagnosis.statistics.sqnr import sqnr_record
+from aqnfx.diagnosis.statistics.thresholds import confirmation_records
+from aqnfx.diagnosis.statistics.windows import window_records
 from aqnfx.errors import InputError
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.stats import wilson
@@ -37,14 +43,14 @@ def interpret(
     ``distinguishable`` means that a paired t test over samples rejects "no degradation" after Holm over all probes of
     the same kind at the same level. ``seed`` is that of the resampling. Raises :class:`InputError` for measurements
     without samples, positions, probes or the base level, and for a confidence outside (0, 1). ``outlier_threshold``: see
-    :func:`~aqnfx.diagnosis.predicted.channel_records`.
+    :func:`~aqnfx.diagnosis.statistics.predicted.channel_records`.
     """
     if not 0.0 < confidence < 1.0 or resamples < 100:
         raise InputError(
             f"interpret: confidence {confidence:g} must lie in (0, 1) and resamples {resamples} be 100 or more"
         )
     m, estimated = with_estimates(measurements, confidence)
-    options = Options(confidence=confidence, resamples=resamples, seed=seed)
+    options = Intervals(confidence=confidence, resamples=resamples, seed=seed)
     scores = SampleScores.of(m)
     est = estimate(m, scores, options, estimated)
     operators, layers = _table(m, est, "operator", options), _table(m, est, "layer", options)
@@ -96,7 +102,7 @@ def interpret(
     return SensitivityMap(**jsonable(record))
 
 
-def _table(m: Measurements, est: Estimates, kind: ProbeKind, options: Options) -> dict[str, dict[str, Any]]:
+def _table(m: Measurements, est: Estimates, kind: ProbeKind, options: Intervals) -> dict[str, dict[str, Any]]:
     """Return one entry per probe of a kind, in the order of the run: sites, layers, threshold, records per level."""
     return {
         probe.key: {
@@ -115,7 +121,7 @@ def _flat(table: dict[str, dict[str, Any]], base: str, name: str) -> dict[str, f
     return {key: entry["levels"][base][name] for key, entry in table.items()}
 
 
-def _sites(m: Measurements, est: Estimates, options: Options) -> list[dict[str, Any]]:
+def _sites(m: Measurements, est: Estimates, options: Intervals) -> list[dict[str, Any]]:
     """Return a record per site, those that were not probed one by one with ``measured`` empty."""
     rows = {probe.key: row for row, probe in enumerate(m.probes) if probe.kind == "site"}
     kept = ("id", "module", "op", "role", "layer", "stack", "region")
@@ -146,7 +152,7 @@ def _task(m: Measurements, scores: SampleScores) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _baseline(m: Measurements, options: Options) -> dict[str, Any]:
+def _baseline(m: Measurements, options: Intervals) -> dict[str, Any]:
     """Describe the clean model: nats per token with interval, perplexity, and accuracy where the data has answers."""
     baseline: dict[str, Any] = {NLL.baseline: None, EXACT_MATCH.baseline: None}
     if NLL.name in m.clean:

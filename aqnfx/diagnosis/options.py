@@ -15,7 +15,7 @@ from aqnfx.numerics.formats import parse_format
 from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import Perturbation, perturbation
 from aqnfx.probes.measurements import ProbeKind
-from aqnfx.probes.plan import PROBE_KINDS
+from aqnfx.probes.probe_sets import PROBE_KINDS
 from aqnfx.probes.tasks import TASKS
 from aqnfx.probes.traces import METRICS
 
@@ -56,7 +56,7 @@ class Options:
     (``workers`` of a Ray cluster, default all). ``perturb`` names a number format, whose error takes the place of noise:
     levels are factors on it (default 1) and there is one seed. ``roles`` says what is perturbed, as a selector value:
     outputs of operations (the default with noise), inputs, weights, keys, values, or "auto" (the default with a format):
-    the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.plan.PROBE_KINDS`. The
+    the operands of products and the outputs of all else. ``probes`` are kinds of :data:`aqnfx.probes.probe_sets.PROBE_KINDS`. The
     task "generate" lets the model answer by itself, with its KV cache: at most ``max_new_tokens`` (default: a quarter more than
     the longest answer), until one of the texts ``stop`` (default: a new line with "Q:"). ``allow_missing``: names or globs of
     tensors in which the checkpoint of a model that is loaded here may differ from the model. Raises

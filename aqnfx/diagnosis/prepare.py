@@ -30,14 +30,14 @@ from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_layers import TagLayers
 from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.capture import Captures, capture
-from aqnfx.probes.data import Batch, Encoded, by_length, make_batches
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.batches import Batch, Encoded, by_length, make_batches
+from aqnfx.probes.data.examples import Data
+from aqnfx.probes.data.limits import check_tokens, padding, positions, vocabulary
+from aqnfx.probes.data.samples import load_samples, load_tokenizer
 from aqnfx.probes.forward import check_padding, eager_forward, is_causal
-from aqnfx.probes.limits import check_tokens, padding, positions, vocabulary
 from aqnfx.probes.measurements import Probe, ProbeKind
-from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay
-from aqnfx.probes.samples import load_samples, load_tokenizer
 from aqnfx.probes.tasks import EXACT_MATCH, KL, TASKS, accuracy_like
 from aqnfx.probes.work import Sweep, Worker
 

@@ -14,7 +14,7 @@ from torch import nn
 from aqnfx.errors import InputError, ProbeError
 from aqnfx.graph.inputs import max_positions
 from aqnfx.live.instrument import Handle, instrument
-from aqnfx.probes.data import Batch, Encoded
+from aqnfx.probes.data.batches import Batch, Encoded
 
 MARK = "####"
 """What stands before the final answer in worked solutions, as in GSM8K (Cobbe et al. 2021)."""

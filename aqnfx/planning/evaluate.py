@@ -25,7 +25,7 @@ from aqnfx.ops.table import level_of
 from aqnfx.passes.insert_fake_quant import InsertFakeQuant
 from aqnfx.passes.partition_blocks import PartitionBlocks
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.tasks import KL, METRICS, Metric, Reference, Scores, reference, score
 

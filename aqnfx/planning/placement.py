@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aqnfx.diagnosis.mapped import as_probed
-from aqnfx.diagnosis.reasons import NONE_FOUND, Evidence, reasons
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.explain.map_of_model import as_probed
+from aqnfx.diagnosis.explain.reasons import NONE_FOUND, Evidence, reasons
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.graph.program import Program
 from aqnfx.graph.structure import structure
 from aqnfx.planning.problem import Problem

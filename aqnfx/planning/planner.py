@@ -14,7 +14,7 @@ from torch import nn
 from aqnfx.artifacts import jsonable, versions
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
@@ -33,8 +33,8 @@ from aqnfx.planning.placement import placements
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import PRODUCTS, Problem, limits, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
-from aqnfx.probes.data import Batch, data_digest, make_batches
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.batches import Batch, data_digest, make_batches
+from aqnfx.probes.data.examples import Data
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import predict
 

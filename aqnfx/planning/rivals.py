@@ -12,7 +12,7 @@ from aqnfx.numerics.stats import paired_difference
 from aqnfx.planning.evaluate import Measured, measure_plans
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.problem import Group, Problem
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.tasks import KL
 
 Progress = Callable[[int, int], None]

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from aqnfx.artifacts import jsonable, versions
-from aqnfx.diagnosis.mapped import as_probed, check_interval, check_number, map_facts, perturbation
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.explain.map_of_model import as_probed, check_interval, check_number, map_facts, perturbation
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.lengths import recorded, trace_for
 from aqnfx.graph.program import Program
@@ -30,7 +30,7 @@ from aqnfx.planning.planner import PACKAGES, batches_of, model_facts, prepare_pl
 from aqnfx.planning.precision_plan import PrecisionPlan
 from aqnfx.planning.problem import Group, Problem, make_problem
 from aqnfx.planning.rivals import Progress, compare_plans, judging_notes
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.examples import Data
 
 FORMATS = tuple(DEFAULT_FORMATS["threshold"].split(","))
 

@@ -21,7 +21,7 @@ from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Site
 from aqnfx.ops.capture import COUNT, LARGEST, MAGNITUDE, NOISE, SMALLEST, SQUARE, ZEROS
 from aqnfx.ops.capture_gradient import GRADIENT_COUNT, GRADIENT_MAGNITUDE, GRADIENT_SQUARE
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import Forward
 
 Array = NDArray[np.float64]

@@ -11,7 +11,7 @@ from aqnfx.errors import InputError
 from aqnfx.graph.blocks import cut
 from aqnfx.graph.program import Program
 from aqnfx.passes.partition_blocks import PartitionBlocks
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.work import Sweep
 

@@ -13,7 +13,7 @@ from aqnfx.errors import ModelError
 from aqnfx.graph.functional import kept_values
 from aqnfx.graph.program import Program
 from aqnfx.graph.untouched import untouched, without_caches
-from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.data.batches import Batch, Encoded, make_batches
 
 Forward = Callable[[Batch], torch.Tensor]
 

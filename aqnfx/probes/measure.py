@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aqnfx.errors import ArtifactError, InputError, Interrupted, ProbeError
 from aqnfx.graph.program import Program
 from aqnfx.probes.adaptive import StoppingRule
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.executors import Executor, InProcess
 from aqnfx.probes.forward import Forward
 from aqnfx.probes.journal import Journal, Part

@@ -28,7 +28,7 @@ from aqnfx.graph.sites import Site
 from aqnfx.graph.tags import get_tag
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.probes.capture import own_rows
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import Forward
 from aqnfx.probes.memory import peak_memory_mib
 from aqnfx.probes.projection import OUTPUTS, Output, check_output, positions, projection

@@ -10,7 +10,7 @@ import torch
 
 from aqnfx.errors import ModelError, ProbeError
 from aqnfx.numerics.signs import random_signs
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 
 Output = Literal["categorical", "gaussian"]
 OUTPUTS: tuple[Output, ...] = ("categorical", "gaussian")

@@ -15,7 +15,7 @@ from aqnfx.graph.blocks import Block, cut, lower, output_names, results
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import attribute
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import Forward, check_inputs, logits_of
 
 Values = dict[str, Any]

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from aqnfx.errors import InputError, ProbeError, nearest
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 
 Scores = dict[str, NDArray[np.float64]]
 

@@ -11,7 +11,7 @@ import torch
 
 from aqnfx.errors import InputError, ModelError, ProbeError
 from aqnfx.graph.program import Program
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import Forward
 from aqnfx.probes.predict import Predictions, Progress
 

@@ -11,7 +11,7 @@ import torch
 
 from aqnfx.errors import InputError, Interrupted, ModelError, ProbeError
 from aqnfx.graph.program import Program
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.measurements import Probe
 from aqnfx.probes.replay import Engine
 from aqnfx.probes.tasks import EXACT_MATCH, Reference, reference, score

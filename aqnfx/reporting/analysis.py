@@ -10,7 +10,7 @@ import networkx as nx
 from rich.console import Console
 
 from aqnfx.artifacts import check_output_dir, json_text, write_all
-from aqnfx.diagnosis.analysis import Analysis
+from aqnfx.diagnosis.explain.analysis import Analysis
 from aqnfx.errors import printable
 from aqnfx.reporting.analysis_svg import analysis_svg
 from aqnfx.reporting.blocks import Block, Column, Gap, Heading, Table, of_kinds, say

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from xml.sax.saxutils import escape
 
-from aqnfx.diagnosis.analysis import Analysis
+from aqnfx.diagnosis.explain.analysis import Analysis
 from aqnfx.errors import printable
 from aqnfx.graph.structure import SiteStructure
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from aqnfx.diagnosis.diagnose import diagnose
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.program import Program
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.examples import Data
 from aqnfx.reporting.report import build_report, report_markdown, save_report
 
 

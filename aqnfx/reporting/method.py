@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.blocks import Block, Column, Heading, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import TEXT, fixed
 from aqnfx.reporting.text import MISSING, flatten, percent

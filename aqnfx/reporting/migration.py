@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from aqnfx.artifacts import Schema, json_text, jsonable, write_all
-from aqnfx.diagnosis.mapped import map_facts, perturbation
-from aqnfx.diagnosis.recommend import nothing_distinguishable
-from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.planning.divergences import SIGNIFICANT
-from aqnfx.planning.migration import ACTIONS, MigrationStep
+from aqnfx.diagnosis.advice.divergences import SIGNIFICANT
+from aqnfx.diagnosis.advice.migration import ACTIONS, MigrationStep
+from aqnfx.diagnosis.advice.recommend import nothing_distinguishable
+from aqnfx.diagnosis.explain.map_of_model import map_facts, perturbation
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, on_page, say
 from aqnfx.reporting.kinds import TEXT
 from aqnfx.reporting.method import provenance_blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.blocks import Block, Heading, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import (
     CLASS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap, level_key
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap, level_key
 from aqnfx.numerics.metrics import classify_window
 from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Place, Table, say
 from aqnfx.reporting.kinds import (

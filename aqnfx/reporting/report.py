@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from aqnfx.artifacts import Schema, check_output_dir, json_text, jsonable, read_json, write_all
-from aqnfx.diagnosis.recommend import recommend
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.advice.recommend import recommend
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.prediction import prediction_record
 from aqnfx.reporting.render.markdown import markdown
 from aqnfx.reporting.render.terminal import show

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from aqnfx.artifacts import check_output_dir, json_text, write_all
-from aqnfx.diagnosis.scan import Scan
-from aqnfx.diagnosis.scan_findings import CLASSES, sqnr_or_infinity
 from aqnfx.reporting.blocks import Block, Cell, Column, Gap, Heading, Note, Place, Table, of_kinds, on_page, say
 from aqnfx.reporting.kinds import CLASS, COUNT, DECIBEL, NUMBER, PERCENT, TEXT, fixed
 from aqnfx.reporting.method import provenance_blocks
 from aqnfx.reporting.render.markdown import markdown
 from aqnfx.reporting.render.terminal import show
+from aqnfx.scanning.findings import CLASSES, sqnr_or_infinity
+from aqnfx.scanning.scan import Scan
 
 FILES = {"scan": "scan.json", "markdown": "scan.md"}
 WORST, REMARKS = 10, 3

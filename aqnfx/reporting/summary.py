@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from aqnfx.diagnosis.recommend import nothing_distinguishable, nothing_grouped
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.advice.recommend import nothing_distinguishable, nothing_grouped
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.prediction import agreement_sentence, estimates_sentence
 from aqnfx.reporting.sqnr import sqnr_sentence
 from aqnfx.reporting.text import factor, factor_range, names, nats, nats_range, percent, percent_range, window_name

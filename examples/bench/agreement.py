@@ -29,20 +29,20 @@ from small_models import BRIEF, FULL, problem_texts, train
 
 from aqnfx import Pipeline, Program
 from aqnfx.data import EMBEDDED
-from aqnfx.diagnosis.estimated import agreement
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.fit import agreement
 from aqnfx.graph.edit import control_buffer
 from aqnfx.graph.selector import Selector
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
+from aqnfx.probes.data.samples import load_tokenizer
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Measurements, Probe
-from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.predict import Predictions, predict
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay
-from aqnfx.probes.samples import load_tokenizer
 
 Array = NDArray[np.float64]
 
@@ -218,7 +218,7 @@ def predicted_per_token(m: Measurements, predictions: Predictions) -> Array:
 
 
 def misses(found: Mapping[str, Any]) -> list[str]:
-    """Return which criteria one level of :func:`aqnfx.diagnosis.estimated.agreement` does not meet."""
+    """Return which criteria one level of :func:`aqnfx.diagnosis.statistics.fit.agreement` does not meet."""
     checks = {
         "spearman": found["spearman"] is not None and found["spearman"] >= SPEARMAN,
         "median ratio": MEDIAN[0] <= found["median_ratio"] <= MEDIAN[1],

@@ -32,8 +32,8 @@ from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import E2M1, E4M3, parse_format, quantize, relative_error, round_element
 from aqnfx.probes.forward import compiled_forward, eager_forward
 from aqnfx.probes.measure import Sweep, measure
-from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.predict import predict
+from aqnfx.probes.probe_sets import plan_probes
 
 Array = NDArray[np.float64]
 

@@ -26,11 +26,11 @@ import torch
 
 from aqnfx import Pipeline, trace
 from aqnfx.graph.selector import Selector
-from aqnfx.probes.data import Encoded, make_batches
+from aqnfx.probes.data.batches import Encoded, make_batches
 from aqnfx.probes.journal import Journal
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Measurements
-from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.work import Item, Worker
 

@@ -23,12 +23,12 @@ from sweep import LEVELS, hook_sweep, sweep_of
 from aqnfx import Pipeline, trace
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.compile_choice import compiler_problem
-from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.data.batches import Batch, Encoded, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import measure
 from aqnfx.probes.memory import peak_memory_mib
-from aqnfx.probes.plan import plan_probes
 from aqnfx.probes.predict import predict
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay
 
 

@@ -40,7 +40,7 @@ from aqnfx.planning.menu import Choice, parse_choice
 from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.planner import batches_of, prepare_plan, score_options
 from aqnfx.planning.problem import Problem, limits, make_problem
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 
 Array = NDArray[np.float64]
 WIDTHS = "int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32"

@@ -19,12 +19,12 @@ from common import finish, interleaved, ratio
 
 from aqnfx import Pipeline, Program, trace
 from aqnfx.data import embedded_problems
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data.batches import Batch, make_batches
+from aqnfx.probes.data.samples import load_samples, load_tokenizer
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Probe
 from aqnfx.probes.predict import predict
-from aqnfx.probes.samples import load_samples, load_tokenizer
 
 LEVELS = (0.01, 0.05, 0.1)
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from aqnfx.data import EMBEDDED, embedded_problems
-from aqnfx.probes.data import load_examples
-from aqnfx.probes.samples import load_tokenizer
+from aqnfx.probes.data.batches import load_examples
+from aqnfx.probes.data.samples import load_tokenizer
 
 HELD_OUT = 64  # problems that no training sees; the samples are the first of them
 

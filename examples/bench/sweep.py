@@ -31,12 +31,12 @@ from aqnfx.diagnosis.interpret import interpret
 from aqnfx.graph.loading import load_model
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.adaptive import StoppingRule
-from aqnfx.probes.data import Batch, by_length, make_batches
+from aqnfx.probes.data.batches import Batch, by_length, make_batches
+from aqnfx.probes.data.samples import load_samples, load_tokenizer
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Probe
-from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay
-from aqnfx.probes.samples import load_samples, load_tokenizer
 
 LEVELS = (0.01, 0.05, 0.1)
 KINDS = ("layer", "window", "operator")

@@ -129,7 +129,7 @@ def test_an_interruption_is_one_line_and_leaves_nothing(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aqnfx.diagnosis.scan.format_sums", stopped)
+    monkeypatch.setattr("aqnfx.scanning.scan.format_sums", stopped)
     ended = aqnfx("scan", place.model, "--out", tmp_path / "out")
     assert (ended.code, ended.out) == (130, "")
     assert ended.err.startswith("aqnfx: interrupted;")

@@ -69,7 +69,7 @@ def save_answers(directory: Path, path: Path, questions: Sequence[str], new: int
 
 def encoded(samples: int, length: int, *, seed: int = 0, ragged: bool = False) -> tuple[Any, ...]:
     """Return random samples of ``length`` tokens; ``ragged`` gives each its own length up to that."""
-    from aqnfx.probes.data import Encoded
+    from aqnfx.probes.data.batches import Encoded
 
     rng = np.random.default_rng(seed)
     lengths = rng.integers(max(2, length // 3), length + 1, size=samples) if ragged else [length] * samples

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import aqnfx
 from aqnfx import ActivationCapture
 from aqnfx.errors import InputError, PassError, ProbeError, SelectorError
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from tests.families import build, inputs
 from tests.graph.small import Tiny, seeded
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aqnfx.diagnosis.analysis import Analysis, analyze
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.explain.analysis import Analysis, analyze
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.program import Program
 from aqnfx.graph.structure import BALANCE

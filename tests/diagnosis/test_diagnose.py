@@ -10,12 +10,12 @@ import pytest
 
 import aqnfx
 from aqnfx.diagnosis.diagnose import run
-from aqnfx.diagnosis.estimates import Options as interpret_options
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.predicted import predicted_record
 from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.statistics.predicted import predicted_record
+from aqnfx.diagnosis.statistics.samples import Intervals as interpret_options
 from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
-from aqnfx.probes.samples import load_tokenizer
+from aqnfx.probes.data.samples import load_tokenizer
 from tests.cli.tiny import TEXT, save_model, save_text, tokenizer
 from tests.families import build
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from aqnfx.diagnosis.estimates import Options, holm_columns, paired_p, ratios, seed_spread
+from aqnfx.diagnosis.statistics.samples import Intervals, holm_columns, paired_p, ratios, seed_spread
 
 
 def test_paired_p_is_the_t_test() -> None:
@@ -33,13 +33,13 @@ def test_holm_is_per_group_and_level_and_skips_nan() -> None:
 
 def test_ratios_mark_bad_rows_and_empty_denominators() -> None:
     num = np.asarray([[1.0, 2.0, 3.0], [1.0, np.inf, 3.0]])
-    found = ratios(num, np.full(3, 2.0), Options(resamples=200))
+    found = ratios(num, np.full(3, 2.0), Intervals(resamples=200))
     assert found.value[0] == 1.0
     assert found.low[0] <= 1.0 <= found.high[0]
     assert np.isnan(found.value[1])
     assert np.isnan(found.low[1])
-    assert np.isnan(ratios(num, np.zeros(3), Options()).value).all()
-    assert ratios(np.zeros((0, 3)), np.ones(3), Options()).value.shape == (0,)
+    assert np.isnan(ratios(num, np.zeros(3), Intervals()).value).all()
+    assert ratios(np.zeros((0, 3)), np.ones(3), Intervals()).value.shape == (0,)
 
 
 def test_seed_spread() -> None:

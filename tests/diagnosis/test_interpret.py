@@ -9,7 +9,7 @@ import pytest
 from synthetic_run import BASE, TRUTH, run, sites
 
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 
 

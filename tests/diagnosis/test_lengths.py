@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aqnfx.diagnosis.analysis import analyze
+from aqnfx.diagnosis.explain.analysis import analyze
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
 from aqnfx.errors import InputError, ModelError

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import aqnfx
-from aqnfx.diagnosis.choose import CHECKS, choose_probes
-from aqnfx.diagnosis.confirm import confirm, predicted_threshold
+from aqnfx.diagnosis.advice.recommend import recommend
 from aqnfx.diagnosis.diagnose import run
-from aqnfx.diagnosis.estimated import Fit, FitError, agreement, with_estimates
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.recommend import recommend
+from aqnfx.diagnosis.probe_choice import CHECKS, choose_probes
+from aqnfx.diagnosis.statistics.fit import Fit, FitError, agreement, with_estimates
+from aqnfx.diagnosis.statistics.thresholds import confirm, predicted_threshold
 from aqnfx.errors import Interrupted
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.reporting.report import save_report

@@ -15,7 +15,7 @@ from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
-from aqnfx.diagnosis.sqnr import sqnr_record
+from aqnfx.diagnosis.statistics.sqnr import sqnr_record
 from aqnfx.errors import InputError, SelectorError
 from aqnfx.numerics.formats import relative_error
 from aqnfx.numerics.metrics import sensitivity_score

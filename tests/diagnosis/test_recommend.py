@@ -6,9 +6,9 @@ import json
 
 from synthetic_run import run
 
+from aqnfx.diagnosis.advice.recommend import Recommendation, nothing_distinguishable, recommend
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.recommend import Recommendation, nothing_distinguishable, recommend
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 
 
 def by_priority(smap: SensitivityMap) -> dict[int, list[Recommendation]]:

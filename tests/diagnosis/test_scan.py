@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 import aqnfx
-from aqnfx.diagnosis import scan as module
-from aqnfx.diagnosis.scan import scan
-from aqnfx.diagnosis.scan_findings import decide, rank
 from aqnfx.errors import InputError, ModelError
 from aqnfx.numerics.format_stats import NO_ERROR, NO_SIGNAL, OVERFLOW
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.probes.compile_choice import compiler_problem
+from aqnfx.scanning import scan as module
+from aqnfx.scanning.findings import decide, rank
+from aqnfx.scanning.scan import scan
 
 FORMATS = ("mxfp4", "nvfp4", "int8", "int4:g48", "int8:tensor", "int4:channel", "int4:tensor:asym", "fp16")
 EXACT = ("dead_zone", "saturation", "class", "sigma")

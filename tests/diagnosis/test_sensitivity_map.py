@@ -12,7 +12,7 @@ from synthetic_run import run
 
 from aqnfx.artifacts import jsonable
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.sensitivity import SensitivityMap, layer_label, level_key
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap, layer_label, level_key
 from aqnfx.errors import ArtifactError
 
 MINIMAL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from aqnfx.diagnosis.prepare import prepare
 from aqnfx.errors import InputError, SelectorError
 from aqnfx.graph.frontend import trace
 from aqnfx.live.generation import Generator, final_answer, until
-from aqnfx.probes.samples import load_tokenizer
+from aqnfx.probes.data.samples import load_tokenizer
 from tests.cli.tiny import save_answers, save_model
 
 QUESTIONS = ("One dog?", "A red barn and a blue stone by a river?", "Two", "The rain fell on the roof?", "Cat", "Who sang?")

@@ -21,7 +21,7 @@ import pytest
 
 from aqnfx.cli.boundary import Code
 from aqnfx.cli.main import main
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import AqnfxError
 from aqnfx.reporting.report import save_report
 from tests.cli.tiny import save_model, save_text

@@ -26,7 +26,7 @@ from aqnfx.ops.fake_quant import FakeQuantCall, fake_quant
 from aqnfx.passes.decompose_attention import attention
 from aqnfx.passes.lower_ops import LowerOps
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data.batches import Batch, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.replay import BlockReplay, WholeGraph
 from tests.cli.tiny import encoded

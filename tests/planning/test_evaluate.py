@@ -15,7 +15,7 @@ from aqnfx.graph.sites import Role
 from aqnfx.graph.tags import get_tag
 from aqnfx.planning import evaluate
 from aqnfx.planning.evaluate import measure_plans, stored
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data.batches import Batch, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.replay import BlockReplay
 from aqnfx.probes.tasks import reference, score

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from aqnfx.artifacts import Schema
+from aqnfx.diagnosis.advice.divergences import parse_divergences
+from aqnfx.diagnosis.advice.migration import MigrationStep, migration_plan
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
-from aqnfx.planning.divergences import parse_divergences
-from aqnfx.planning.migration import MigrationStep, migration_plan
 from aqnfx.reporting.migration import migration_markdown, migration_record, print_migration
 from tests.diagnosis.synthetic_run import run
 

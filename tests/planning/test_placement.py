@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import aqnfx
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError
 from aqnfx.graph.structure import structure
 from aqnfx.planning.options import PlanOptions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import aqnfx
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.sites import Role

@@ -15,10 +15,10 @@ import aqnfx
 from aqnfx.errors import InputError, PassError, ProbeError
 from aqnfx.numerics.formats import parse_format, quantize
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.activation_scan import scan_activations
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import eager_forward
 from aqnfx.reporting.scan import save_scan
+from aqnfx.scanning.activation_scan import scan_activations
 from tests.cli.tiny import TEXT, save_model
 from tests.families import build
 from tests.graph.small import generator

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from aqnfx.diagnosis.diagnose import run
-from aqnfx.diagnosis.estimates import Options as Intervals
-from aqnfx.diagnosis.estimates import paired_p, ratios, share
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
+from aqnfx.diagnosis.statistics.samples import Intervals, paired_p, ratios, share
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.probes.adaptive import StoppingRule
 from aqnfx.probes.measurements import Probe

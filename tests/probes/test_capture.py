@@ -19,7 +19,7 @@ from aqnfx.graph.program import Program
 from aqnfx.numerics.perturbations import declared_change
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes.capture import Captures, capture, collect, outlier_class, own_rows
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import compiled_forward, eager_forward
 from tests.families import build, inputs
 from tests.graph.small import generator

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from aqnfx.errors import ModelError
-from aqnfx.probes import checkpoint_weights as W
-from aqnfx.probes.checkpoint_weights import Weight, chunks, open_checkpoint, value_range
+from aqnfx.scanning import checkpoint_weights as W
+from aqnfx.scanning.checkpoint_weights import Weight, chunks, open_checkpoint, value_range
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

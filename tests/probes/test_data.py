@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from aqnfx.errors import InputError
-from aqnfx.probes import tokens
-from aqnfx.probes.data import (
+from aqnfx.probes.data import tokens
+from aqnfx.probes.data.batches import (
     DataWarning,
     Encoded,
     Example,
@@ -101,7 +101,7 @@ def test_ndjson_is_json_lines(tmp_path):
 
 
 def test_lines_without_end_come_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("aqnfx.probes.data_files._LONGEST", 8)
+    monkeypatch.setattr("aqnfx.probes.data.files._LONGEST", 8)
     path = write(tmp_path, "a.txt", "äöüäöüäöü\nb\n\nabc")
     assert [e.text for e in load_examples(path)] == ["äöüä", "öüäö", "ü\nb", "abc"]
     three = write(tmp_path, "b.txt", "1234567€\n")  # the piece ends inside a character of three bytes

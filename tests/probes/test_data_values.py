@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from aqnfx.errors import InputError
-from aqnfx.probes.samples import load_samples
+from aqnfx.probes.data.samples import load_samples
 from tests.cli.tiny import TEXT, tokenizer
 
 ROWS = [{"id": i, "body": text} for i, text in enumerate(TEXT)]

@@ -125,7 +125,7 @@ def test_an_interruption_keeps_what_threads_have_finished(directory: Path) -> No
 
 def test_workers_can_be_made_twice_from_a_module(directory: Path, alone: Measurements) -> None:
     from aqnfx.graph.loading import load_model
-    from aqnfx.probes.samples import load_tokenizer
+    from aqnfx.probes.data.samples import load_tokenizer
 
     model, options = load_model(str(directory)), Options(**QUICK)
     ready = prepare(model, TEXT, options, tokenizer=load_tokenizer(str(directory)), tell=lambda _: None)

@@ -14,7 +14,7 @@ from aqnfx import trace
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import Prepared, prepare
 from aqnfx.errors import InputError, ModelError
-from aqnfx.probes.limits import padding, positions, vocabulary
+from aqnfx.probes.data.limits import padding, positions, vocabulary
 from tests.cli.tiny import TEXT, tokenizer
 
 OPTIONS: dict[str, Any] = {"samples": 2, "probes": ("all",), "ops": "linear", "pack": False}

@@ -15,7 +15,7 @@ import aqnfx
 from aqnfx.errors import InputError, Interrupted, ModelError, PassError, ProbeError
 from aqnfx.graph.controls import NoiseControls
 from aqnfx.graph.program import Program
-from aqnfx.probes.data import Batch, Encoded, make_batches
+from aqnfx.probes.data.batches import Batch, Encoded, make_batches
 from aqnfx.probes.forward import compiled_forward, eager_forward
 from aqnfx.probes.journal import Journal
 from aqnfx.probes.measure import Sweep, measure

@@ -12,7 +12,7 @@ from aqnfx.errors import InputError, SelectorError
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.measurements import Probe
-from aqnfx.probes.plan import PROBE_KINDS, plan_probes
+from aqnfx.probes.probe_sets import PROBE_KINDS, plan_probes
 from tests.families import build
 
 

@@ -17,9 +17,9 @@ from aqnfx.graph.scores import ScoreBuffers
 from aqnfx.numerics.perturbations import declared_change
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
-from aqnfx.probes.checkpoint import checkpointed
 from aqnfx.probes.predict import Predictions, predict
 from aqnfx.probes.projection import projection
+from aqnfx.probes.recompute import checkpointed
 from tests.graph.small import generator, seeded, traced
 
 SITES = ("layers.0.up:linear:0", "layers.1.up:linear:0")

@@ -16,7 +16,7 @@ from aqnfx.numerics.perturbations import declared_change
 from aqnfx.ops import score, score_weight
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.probes import predict as module
-from aqnfx.probes.data import make_batches
+from aqnfx.probes.data.batches import make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import Predictions, predict
 from tests.cli.tiny import encoded
@@ -202,7 +202,7 @@ def test_a_weight_of_either_layout_has_the_same_cost(monkeypatch):
 
 
 def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactions():
-    from aqnfx.probes.data import Batch
+    from aqnfx.probes.data.batches import Batch
 
     program = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build("llama")))
     ids, draws = torch.randint(3, 90, (6, 9), generator=generator(5)), 200
@@ -229,7 +229,7 @@ def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactio
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "opt"])
 def test_every_operand_of_a_family_is_scored(family):
-    from aqnfx.probes.data import Batch
+    from aqnfx.probes.data.batches import Batch
 
     program = Pipeline.parse("tag-layers,tag-ops")(aqnfx.trace(build(family)))
     where = "ops:all,roles:auto"

@@ -15,11 +15,11 @@ from aqnfx.graph.blocks import cut
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data.batches import Batch, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.measurements import Probe
-from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay, Engine, WholeGraph
 from tests.cli.tiny import encoded
 from tests.families import CORE, build

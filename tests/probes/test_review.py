@@ -10,7 +10,7 @@ import aqnfx
 from aqnfx import Pipeline
 from aqnfx.graph.selector import Selector
 from aqnfx.probes.forward import is_causal
-from aqnfx.probes.plan import plan_probes
+from aqnfx.probes.probe_sets import plan_probes
 
 
 @pytest.fixture(scope="module")

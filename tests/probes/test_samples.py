@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aqnfx.errors import InputError, ModelError
-from aqnfx.probes.samples import load_samples, load_tokenizer
+from aqnfx.probes.data.samples import load_samples, load_tokenizer
 from tests.cli.tiny import TEXT, save_text, tokenizer
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aqnfx.errors import InputError, ProbeError
 from aqnfx.probes import tasks
-from aqnfx.probes.data import Encoded, make_batches
+from aqnfx.probes.data.batches import Encoded, make_batches
 from aqnfx.probes.tasks import accuracy_like, reference, score
 
 VOCAB = 11

@@ -9,7 +9,7 @@ import aqnfx
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.program import Program
 from aqnfx.passes.pipeline import Pipeline
-from aqnfx.probes.data import Batch, make_batches
+from aqnfx.probes.data.batches import Batch, make_batches
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import predict
 from aqnfx.probes.traces import fisher_traces, hessian_traces

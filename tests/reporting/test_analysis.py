@@ -12,7 +12,7 @@ import networkx as nx
 import pytest
 from rich.console import Console
 
-from aqnfx.diagnosis.analysis import Analysis, analyze
+from aqnfx.diagnosis.explain.analysis import Analysis, analyze
 from aqnfx.errors import InputError
 from aqnfx.graph.structure import Structure
 from aqnfx.reporting.analysis import analysis_graphml, print_analysis, save_analysis

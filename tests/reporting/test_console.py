@@ -9,7 +9,7 @@ from rich.console import Console
 from synthetic_run import provenance, run
 
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.report import print_summary
 
 

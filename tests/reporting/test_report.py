@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from synthetic_run import provenance, run
 
 from aqnfx.diagnosis.interpret import interpret
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.reporting.blocks import Column, Table
 from aqnfx.reporting.kinds import TEXT

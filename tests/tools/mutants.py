@@ -267,8 +267,8 @@ MUTANTS = (
     Mutant(
         "export",
         "staging-stays",
-        "        shutil.rmtree(temporary, ignore_errors=True)\n",
-        "        pass\n",
+        "        yield\n    finally:\n        shutil.rmtree(folder, ignore_errors=True)\n",
+        "        yield\n    finally:\n",
         ("test_refusals", "test_torchao"),
     ),
     Mutant(

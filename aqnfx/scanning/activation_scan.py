@@ -15,7 +15,7 @@ from aqnfx.graph.sites import Site
 from aqnfx.numerics.format_stats import error_record
 from aqnfx.ops.scan import COUNT, facts
 from aqnfx.probes.capture import own_rows
-from aqnfx.probes.data import Batch
+from aqnfx.probes.data.batches import Batch
 from aqnfx.probes.forward import Forward
 
 Progress = Callable[[int, int], None]

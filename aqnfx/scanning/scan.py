@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from aqnfx.artifacts import Schema, jsonable, versions
-from aqnfx.diagnosis.scan_activations import Activations, measure_activations
-from aqnfx.diagnosis.scan_findings import decide, rank, summarise
 from aqnfx.errors import InputError, ModelError, printable
 from aqnfx.numerics.format_stats import ERROR_SUMS, ValueStatistics, error_record, format_sums
 from aqnfx.numerics.formats import Format, parse_format
-from aqnfx.probes.checkpoint_weights import CHUNK, Checkpoint, Weight, chunks, open_checkpoint, value_range
 from aqnfx.probes.compile_choice import compiler_problem
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.examples import Data
 from aqnfx.probes.memory import peak_memory_mib
+from aqnfx.scanning.activations import Activations, measure_activations
+from aqnfx.scanning.checkpoint_weights import CHUNK, Checkpoint, Weight, chunks, open_checkpoint, value_range
+from aqnfx.scanning.findings import decide, rank, summarise
 
 Progress = Callable[[int, int], None]
 Formats = Mapping[str, Format]
@@ -36,7 +36,7 @@ class Scan:
 
     ``formats``: the texts that were asked for -> canonical name, bits. ``weights``: module -> format -> statistics of the
     error (:func:`~aqnfx.numerics.format_stats.error_record`) with ``class`` and ``sigma``
-    (:func:`~aqnfx.diagnosis.scan_findings.decide`). ``weight_facts``: module -> what is true of it in every format.
+    (:func:`~aqnfx.scanning.findings.decide`). ``weight_facts``: module -> what is true of it in every format.
     ``ranking``: format -> modules, lowest SQNR first. ``summary``: format -> median, worst, number per class.
     ``activations``, ``activation_facts``, ``activation_ranking`` and ``activation_summary`` are the same of the inputs of
     products and of keys and values, by module where it has one of them, else by site id; empty in a scan without data.
@@ -75,10 +75,10 @@ def scan(
     read ``chunk`` values at a time, twice where a format has a scale of the whole tensor. ``progress(done, total)`` is
     told bytes. ``data`` (as for :func:`~aqnfx.diagnosis.diagnose.diagnose`) is run through the model once before that,
     with progress in batches, for the inputs of products and for keys and values; ``options`` are then those of
-    :func:`~aqnfx.diagnosis.scan_activations.measure_activations`. ``status(text)`` hears which half runs. ``compile``:
+    :func:`~aqnfx.scanning.activations.measure_activations`. ``status(text)`` hears which half runs. ``compile``:
     "auto", "yes" or "no"; counts are the same, sums agree to about 1e-11. Raises
     :class:`InputError` for formats, :class:`ModelError` for checkpoints that cannot be scanned (see
-    :func:`~aqnfx.probes.checkpoint_weights.open_checkpoint`) and for values that are not finite.
+    :func:`~aqnfx.scanning.checkpoint_weights.open_checkpoint`) and for values that are not finite.
     """
     began = time.perf_counter()
     if chunk < 1:

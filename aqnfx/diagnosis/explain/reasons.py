@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError
 from aqnfx.graph.coupling import TIED
 from aqnfx.graph.operands import origin

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from aqnfx.errors import InputError
-from aqnfx.probes.data_files import Row
+from aqnfx.probes.data.files import Row
 
 
 def rows_of_values(data: Any) -> Iterator[tuple[str, Row]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
-from aqnfx.diagnosis.windows import ONE_PASS
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
+from aqnfx.diagnosis.statistics.windows import ONE_PASS
 
 Subject = Literal["operator", "layer", "window", "run"]
 ACTIONS = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aqnfx.artifacts import Schema
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.program import Program
 

@@ -12,10 +12,10 @@ from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.prepare import prepare
 from aqnfx.numerics.formats import Format
 from aqnfx.passes.insert_scan import InsertScan
-from aqnfx.probes.activation_scan import SiteScan, scan_activations
-from aqnfx.probes.data import data_digest
-from aqnfx.probes.examples import Data
+from aqnfx.probes.data.batches import data_digest
+from aqnfx.probes.data.examples import Data
 from aqnfx.probes.forward import eager_forward
+from aqnfx.scanning.activation_scan import SiteScan, scan_activations
 
 # Without matmul here, so that a fused attention stays whole; where a model has products of its own they are scanned too.
 _OPS, _ROLES = "linear|grouped_mm|conv|sdpa", "input|key|value"

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from aqnfx.diagnosis.details import THRESHOLD_COST, estimate, level_records
-from aqnfx.diagnosis.estimated import Fit
-from aqnfx.diagnosis.estimates import Options, SampleScores, share
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.estimates import estimate
+from aqnfx.diagnosis.statistics.fit import Fit
+from aqnfx.diagnosis.statistics.records import THRESHOLD_COST, level_records
+from aqnfx.diagnosis.statistics.samples import Intervals, SampleScores, share
 from aqnfx.errors import Interrupted
 from aqnfx.probes.measurements import Measurements, Probe
 
@@ -86,7 +87,7 @@ def _cost(single: Measurements) -> float:
     return float(share(scores.loss[0, 0], scores.loss_base))
 
 
-def confirmation_records(m: Measurements, options: Options) -> dict[str, dict[str, Any]]:
+def confirmation_records(m: Measurements, options: Intervals) -> dict[str, dict[str, Any]]:
     """Return per kind and key the predicted threshold and what was measured there.
 
     ``holds`` says that the interval of the measured degradation contains 10 %.

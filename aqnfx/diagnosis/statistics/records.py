@@ -2,94 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from aqnfx.diagnosis.estimates import (
-    Array,
-    Options,
-    Ratio,
-    SampleScores,
-    holm_columns,
-    paired_p,
-    ratios,
-    seed_mean,
-    seed_spread,
-)
-from aqnfx.diagnosis.predicted import predicted_record
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.estimates import Estimates
+from aqnfx.diagnosis.statistics.predicted import predicted_record
+from aqnfx.diagnosis.statistics.samples import Intervals, seed_mean
 from aqnfx.numerics.metrics import classify_sensitivity, critical_threshold, noise_tolerance_index, sensitivity_score
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.numerics.stats import mcnemar, wilson
 from aqnfx.probes.measurements import Measurements
-from aqnfx.probes.tasks import KL, METRICS, Metric
+from aqnfx.probes.tasks import METRICS
 
 THRESHOLD_COST = 0.10
 """Degradation whose least noise level is reported as the critical threshold."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimates:
-    """All estimates of a run; every array has shape (P, L).
-
-    The rows of ``estimated`` were predicted and not measured; their degradation is read off a fit, whose error is part of
-    the interval.
-    """
-
-    per_token: Mapping[Metric, Ratio]
-    degradation: Ratio
-    p: Array
-    p_holm: Array
-    kl_spread: Array
-    degradation_spread: Array
-    samples: NDArray[np.int64]
-    estimated: frozenset[int] = frozenset()
-
-    @property
-    def kl(self) -> Ratio:
-        """KL in nats per token."""
-        return self.per_token[KL]
-
-
-def estimate(
-    m: Measurements, scores: SampleScores, options: Options, estimated: Mapping[int, Array] | None = None
-) -> Estimates:
-    """Compute every ratio with its interval, and p values corrected after Holm over the probes of one kind.
-
-    ``estimated``: the rows that were not measured, and the error of their degradation's fit per level.
-    """
-    estimated = estimated or {}
-    kinds = [probe.kind for probe in m.probes]
-    groups = [[row for row, kind in enumerate(kinds) if kind == wanted] for wanted in dict.fromkeys(kinds)]
-    p = paired_p(scores.loss)
-    p[sorted(estimated)] = np.nan  # a prediction is no evidence that a metric has moved
-    return Estimates(
-        per_token={metric: ratios(values, scores.tokens, options) for metric, values in scores.per_token.items()},
-        degradation=_widened(ratios(scores.loss, scores.loss_base, options), estimated),
-        p=p,
-        p_holm=holm_columns(p, groups),
-        kl_spread=seed_spread(scores.seed_kl),
-        degradation_spread=seed_spread(scores.seed_degradation),
-        samples=np.isfinite(scores.kl).sum(axis=-1),
-        estimated=frozenset(estimated),
-    )
-
-
-def _widened(found: Ratio, errors: Mapping[int, Array]) -> Ratio:
-    """Return ``found`` with wider intervals in some rows: independent errors add in squares. A share stays within 0 and 1."""
-    low, high = found.low.copy(), found.high.copy()
-    for row, error in errors.items():
-        value = found.value[row]
-        low[row] = np.maximum(value - np.hypot(value - low[row], error), np.minimum(value, 0.0))
-        high[row] = np.minimum(value + np.hypot(high[row] - value, error), np.maximum(value, 1.0))
-    return Ratio(found.value, low, high)
-
-
-def level_records(m: Measurements, est: Estimates, row: int, options: Options) -> dict[str, dict[str, Any]]:
+def level_records(m: Measurements, est: Estimates, row: int, options: Intervals) -> dict[str, dict[str, Any]]:
     """Return the records of probe ``row`` for every level, keyed by the level's text."""
     return {level_key(level): _record(m, est, row, column, options) for column, level in enumerate(m.levels)}
 
@@ -107,7 +38,7 @@ def threshold(m: Measurements, est: Estimates, row: int) -> float | None:
     return critical_threshold((levels, curve), cost=THRESHOLD_COST).level
 
 
-def _record(m: Measurements, est: Estimates, row: int, column: int, options: Options) -> dict[str, Any]:
+def _record(m: Measurements, est: Estimates, row: int, column: int, options: Intervals) -> dict[str, Any]:
     at = (row, column)
     level = m.levels[column]
     degradation = float(est.degradation.value[at])
@@ -152,7 +83,7 @@ def _per_token(est: Estimates, at: tuple[int, int], clean: str) -> dict[str, Any
     return record
 
 
-def _accuracy(m: Measurements, name: str, row: int, column: int, options: Options) -> dict[str, Any]:
+def _accuracy(m: Measurements, name: str, row: int, column: int, options: Intervals) -> dict[str, Any]:
     """Describe the accuracy over all seeds and samples, and the McNemar test of the per-sample majority over seeds.
 
     The Wilson interval counts samples, not sample x seed pairs: seeds of one sample are not independent (solved

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aqnfx.errors import InputError, nearest
-from aqnfx.probes.data_files import rows_of_file
-from aqnfx.probes.data_values import rows_of_values
+from aqnfx.probes.data.files import rows_of_file
+from aqnfx.probes.data.values import rows_of_values
 
 Data = str | Path | Iterable[Any]
 """A file, or texts and records: a list, a ``datasets.Dataset``, a table of pandas, polars or pyarrow, anything iterable."""

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
-from aqnfx.diagnosis.estimates import Array, SampleScores, seed_mean, share
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.samples import Array, SampleScores, seed_mean, share
 from aqnfx.probes.measurements import Measurements, Probe
 from aqnfx.probes.tasks import KL
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from aqnfx.diagnosis.details import Estimates, level_records
-from aqnfx.diagnosis.estimates import Array, Options, SampleScores, holm_columns, paired_p, ratios
-from aqnfx.diagnosis.sensitivity import layer_label, level_key
+from aqnfx.diagnosis.sensitivity_map import layer_label, level_key
+from aqnfx.diagnosis.statistics.estimates import Estimates
+from aqnfx.diagnosis.statistics.records import level_records
+from aqnfx.diagnosis.statistics.samples import Array, Intervals, SampleScores, holm_columns, paired_p, ratios
 from aqnfx.numerics.metrics import classify_window
 from aqnfx.probes.measurements import Measurements
 
@@ -16,7 +17,7 @@ PREDICTED_FROM = "sum of single layers"
 ONE_PASS = "one-pass prediction"
 
 
-def window_records(m: Measurements, scores: SampleScores, est: Estimates, options: Options) -> list[dict[str, Any]]:
+def window_records(m: Measurements, scores: SampleScores, est: Estimates, options: Intervals) -> list[dict[str, Any]]:
     """Describe every window probe at the base level, with all levels under ``levels``.
 
     ``measured`` is the KL of the window (nats per token) and ``predicted`` the sum of the KLs of its layers, each
@@ -40,7 +41,7 @@ def window_records(m: Measurements, scores: SampleScores, est: Estimates, option
 
 def _find_avalanches(
     m: Measurements, scores: SampleScores, est: Estimates, rows: list[int], records: list[dict[str, Any]],
-    options: Options,
+    options: Intervals,
 ) -> None:  # fmt: skip
     """Set ``avalanche`` of every window by its measured KL against its predicted one, sample by sample."""
     assert m.predictions is not None
@@ -57,7 +58,7 @@ def _find_avalanches(
 
 
 def _window(
-    m: Measurements, scores: SampleScores, est: Estimates, row: int, layer_rows: dict[str, int], options: Options
+    m: Measurements, scores: SampleScores, est: Estimates, row: int, layer_rows: dict[str, int], options: Intervals
 ) -> dict[str, Any]:
     probe = m.probes[row]
     column = m.levels.index(m.base_level)
@@ -96,7 +97,7 @@ def _window(
     return record
 
 
-def _amplification(window: Array, singles: Array, tokens: Array, options: Options) -> dict[str, Any]:
+def _amplification(window: Array, singles: Array, tokens: Array, options: Intervals) -> dict[str, Any]:
     """Compare a window's KL with the sum of its layers', per sample (n,) and paired."""
     have = np.isfinite(singles) & np.isfinite(window)
     if not have.any():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aqnfx.probes.examples import Example
+from aqnfx.probes.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

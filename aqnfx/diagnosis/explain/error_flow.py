@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.graph.program import Program
 from aqnfx.graph.structure import Structure
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from aqnfx.diagnosis.details import Estimates
-from aqnfx.diagnosis.estimates import Array, Options, Ratio, SampleScores, holm_columns, paired_p, ratios
+from aqnfx.diagnosis.statistics.estimates import Estimates
+from aqnfx.diagnosis.statistics.samples import Array, Intervals, Ratio, SampleScores, holm_columns, paired_p, ratios
 from aqnfx.probes.measurements import Measurements
 
 CRITICAL_SCORE_FLOOR = 1.5
@@ -28,7 +28,7 @@ def is_critical(record: dict[str, Any]) -> bool:
 
 def rank(
     m: Measurements, scores: SampleScores, est: Estimates, rows: list[int], records: list[dict[str, Any]],
-    options: Options,
+    options: Intervals,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rank probes by degradation at the base level, KL breaking ties, most sensitive first.
 
@@ -85,7 +85,7 @@ def _down(value: Array | float) -> float:
     return -number if np.isfinite(number) else np.inf
 
 
-def _compare(differences: Array, den: Array, options: Options) -> tuple[Ratio, list[bool]]:
+def _compare(differences: Array, den: Array, options: Intervals) -> tuple[Ratio, list[bool]]:
     """Return the interval of each paired difference (m, n) and whether it is a tie; undefined ones are ties."""
     found = ratios(differences, den, options)
     p = holm_columns(paired_p(differences)[:, None], [list(range(len(differences)))])[:, 0]

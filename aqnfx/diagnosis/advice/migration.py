@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aqnfx.diagnosis.mapped import check_interval, check_number
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.advice.divergences import SIGNIFICANT, Target, check_thresholds, locate
+from aqnfx.diagnosis.explain.map_of_model import check_interval, check_number
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.program import Program
 from aqnfx.numerics.metrics import MODERATE_SCORE
-from aqnfx.planning.divergences import SIGNIFICANT, Target, check_thresholds, locate
 
 Subject = Literal["operator", "layer", "window", "module"]
 Kind = Literal["operator", "layer"]
@@ -90,7 +90,7 @@ def migration_plan(
     more; a layer of a window of priority 1; a divergence above ``thresholds[1]``. Priority 3: the rest.
 
     ``divergences``: relative errors by site id, layer label or module
-    (:func:`~aqnfx.planning.divergences.parse_divergences`); one inside of a layer counts for that layer. ``program``: the
+    (:func:`~aqnfx.diagnosis.advice.divergences.parse_divergences`); one inside of a layer counts for that layer. ``program``: the
     tagged model, whose other modules may then be named, too. Raises :class:`InputError` for unknown names and for a map with
     nothing to list, :class:`ArtifactError` for a map that contradicts itself.
     """

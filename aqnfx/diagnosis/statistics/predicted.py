@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from aqnfx.diagnosis.estimated import agreement
-from aqnfx.diagnosis.estimates import Options, ratios
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
+from aqnfx.diagnosis.statistics.fit import agreement
+from aqnfx.diagnosis.statistics.samples import Intervals, ratios
 from aqnfx.probes.capture import Captures
 from aqnfx.probes.measurements import Measurements, Probe
 
 TOP_CHANNELS = 10
 
 
-def predicted_record(m: Measurements, probe: Probe, level: float, options: Options) -> dict[str, Any]:
+def predicted_record(m: Measurements, probe: Probe, level: float, options: Intervals) -> dict[str, Any]:
     """Return the predicted KL of a probe in nats per token with its bootstrap interval over samples."""
     assert m.predictions is not None
     kl = m.predictions.kl(probe.sites, level)[m.places]
@@ -25,7 +25,7 @@ def predicted_record(m: Measurements, probe: Probe, level: float, options: Optio
     return {"kl": float(found.value[0]), "ci": [float(found.low[0]), float(found.high[0])]}
 
 
-def site_predictions(m: Measurements, sites: Sequence[str], options: Options) -> dict[str, dict[str, Any]]:
+def site_predictions(m: Measurements, sites: Sequence[str], options: Intervals) -> dict[str, dict[str, Any]]:
     """Return site -> level -> predicted KL with interval, or what stands in the way of one; empty without predictions."""
     predictions = m.predictions
     if predictions is None:
@@ -47,7 +47,7 @@ def site_predictions(m: Measurements, sites: Sequence[str], options: Options) ->
     return records
 
 
-def channel_records(m: Measurements, options: Options, threshold: float = 10.0) -> dict[str, Any]:
+def channel_records(m: Measurements, options: Intervals, threshold: float = 10.0) -> dict[str, Any]:
     """Return per site the sensitive channels, the outlier channels, and how far they are the same.
 
     ``top``: [channel, KL, low, high] by predicted KL at the base level in nats per token, with normal intervals from the

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata, spearmanr
 
-from aqnfx.diagnosis.sensitivity import level_key
+from aqnfx.diagnosis.sensitivity_map import level_key
 from aqnfx.numerics.perturbations import perturbation
 from aqnfx.probes.measurements import Measurements
 

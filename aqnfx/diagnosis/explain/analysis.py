@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from aqnfx.artifacts import Schema, jsonable
-from aqnfx.diagnosis.error_flow import error_flow
-from aqnfx.diagnosis.mapped import TAGS, as_probed, check_interval, check_number
-from aqnfx.diagnosis.reasons import Evidence, reasons
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.explain.error_flow import error_flow
+from aqnfx.diagnosis.explain.map_of_model import TAGS, as_probed, check_interval, check_number
+from aqnfx.diagnosis.explain.reasons import Evidence, reasons
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.flops import Sizes, input_shapes
 from aqnfx.graph.lengths import recorded, serves, trace_for

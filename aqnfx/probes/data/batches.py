@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from aqnfx.errors import InputError
-from aqnfx.probes.examples import Example, load_examples
-from aqnfx.probes.tokens import Tokens
+from aqnfx.probes.data.examples import Example, load_examples
+from aqnfx.probes.data.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from typing import Any
 
 from aqnfx.data import EMBEDDED
 from aqnfx.errors import InputError, ModelError
-from aqnfx.probes.data import DataWarning, Encoded, Example, encode
-from aqnfx.probes.examples import Data, read_examples
+from aqnfx.probes.data.batches import DataWarning, Encoded, Example, encode
+from aqnfx.probes.data.examples import Data, read_examples
 from aqnfx.probes.tasks import TASKS
 
 
@@ -42,7 +42,7 @@ def load_samples(
 ) -> tuple[tuple[Encoded, ...], tuple[str, ...]]:
     """Return up to ``samples`` encoded samples of at most ``max_length`` tokens, and notes on what was left out.
 
-    ``data`` is a file (JSON lines, CSV, parquet or text, see :func:`~aqnfx.probes.data.load_examples`), or texts and
+    ``data`` is a file (JSON lines, CSV, parquet or text, see :func:`~aqnfx.probes.data.batches.load_examples`), or texts and
     records with ``question`` / ``answer`` or ``text`` in anything that can be read one after the other: a list, a
     generator, a ``datasets.Dataset``, a table of pandas, polars or pyarrow. Plain texts are joined and cut into samples of
     ``max_length`` tokens unless ``pack`` is off; blank ones are left out. For the tasks ``exact_match`` and ``generate``

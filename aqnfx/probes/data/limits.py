@@ -13,7 +13,7 @@ from aqnfx.errors import InputError, ModelError, printable
 from aqnfx.graph.inputs import max_positions
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import static_size
-from aqnfx.probes.data import Encoded
+from aqnfx.probes.data.batches import Encoded
 
 _SAME_TOKENS = {f"aten.{name}" for name in ("view", "reshape", "_unsafe_view", "_to_copy", "to", "clone", "alias", "contiguous")}
 

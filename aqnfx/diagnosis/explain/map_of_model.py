@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from aqnfx.diagnosis.sensitivity import SensitivityMap
+from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import ArtifactError, nearest
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program

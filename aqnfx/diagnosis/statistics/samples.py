@@ -1,4 +1,4 @@
-"""From per-sample scores to estimates with intervals: one array entry per probe and level."""
+"""Per-sample scores, and what their sums say: ratios with intervals, p values, one array entry per probe and level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Intervals:
     """How intervals are made: confidence, number of bootstrap resamples, and the seed of the resampling."""
 
     confidence: float = 0.95
@@ -112,7 +112,7 @@ def share(num: Array, den: Array) -> Array:
     return np.asarray(np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan), dtype=np.float64)
 
 
-def ratios(num: Array, den: Array, options: Options) -> Ratio:
+def ratios(num: Array, den: Array, options: Intervals) -> Ratio:
     """Return sum(num) / sum(den) over the samples with its bootstrap interval, NaN where undefined.
 
     ``num`` (..., n), ``den`` (n,); results (...). Every row is over the samples that it has, NaN marking those that it

@@ -1,0 +1,1 @@
+"""What to do about a sensitivity map: recommendations, and what a migration should validate first."""

@@ -1,0 +1,1 @@
+"""Why: a sensitivity map joined with the structure of its model."""

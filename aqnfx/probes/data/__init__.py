@@ -1,0 +1,1 @@
+"""Data: what people pass, as samples that a model takes, in batches."""
