@@ -22,6 +22,7 @@ from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
 from aqnfx.graph.selector import Selector
 from aqnfx.graph.tags import static_size
+from aqnfx.graph.wrappers import unwrap
 from aqnfx.passes.decompose_attention import DecomposeAttention
 from aqnfx.passes.insert_capture import InsertCapture
 from aqnfx.passes.partition_blocks import PartitionBlocks
@@ -93,6 +94,7 @@ def prepare(
         )  # fmt: skip
         raise InputError(f"{name} {value} is for models that are loaded here; prepare the given one, and leave it out")
     else:
+        model = cast("nn.Module | Program", unwrap(model))
         _check_place(model, options.device)
     tell("reading the data")
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(_named(name))

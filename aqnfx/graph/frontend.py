@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from aqnfx.graph.render import fingerprint
 from aqnfx.graph.tags import static_size
 from aqnfx.graph.untouched import as_it_runs, untouched, without_caches
 from aqnfx.graph.verify import verify
+from aqnfx.graph.wrappers import uncompiled, unwrap
 
 
 def trace(
@@ -60,6 +61,7 @@ def trace(
     elif allow_missing:
         raise InputError("allow_missing is for models that are loaded here; the given one has its weights, leave it out")
     else:
+        model = cast("nn.Module | ExportedProgram", unwrap(model))
         name = getattr(model, "name_or_path", "") or type(model).__name__
     if isinstance(model, nn.Module) and any(type(p.data).__name__ == "DTensor" for p in model.parameters()):
         raise TraceError(
@@ -88,7 +90,7 @@ def _export(
     else:
         args, kwargs = tuple(inputs[0]), dict(inputs[1])
         shapes = default_shapes(args, kwargs)  # type: ignore[assignment]
-    with untouched(model), without_caches(model), as_it_runs(model):
+    with untouched(model), uncompiled(model), without_caches(model), as_it_runs(model):
         model.eval()
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes or shapes, strict=False)

@@ -41,7 +41,7 @@ def load_model(
     _check_place(path, name)
     with _in_one_line(name):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        _check_depth(config)
+        check_depth(config)
         cls = model_class(config)
         _check_quantisation(config)
         directory = fetched(path)
@@ -118,7 +118,8 @@ MOST_LAYERS = 2000
 """Layers that a model is built with: the modules of a million, without any weights, take minutes and gigabytes."""
 
 
-def _check_depth(config: Any) -> None:
+def check_depth(config: Any) -> None:
+    """Raise :class:`ModelError` for a config of more than :data:`MOST_LAYERS` layers."""
     for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
         for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
             layers = getattr(part, name, None)

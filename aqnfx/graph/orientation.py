@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aqnfx.errors import AqnfxError, ModelError, printable
+from aqnfx.errors import AqnfxError, printable
 from aqnfx.graph.inputs import example_inputs
-from aqnfx.graph.loading import model_class
+from aqnfx.graph.loading import check_depth, model_class
 from aqnfx.graph.loading_report import Targets
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0}  # name -> place of the first factor
-_LAYERS = 1000  # a class of more layers than this, and than there are tensors, is not built
 _STANDARD = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -48,9 +47,7 @@ def layouts_of(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(layers, int) and layers > max(_LAYERS, len(shapes)):
-            raise ModelError(f"config.json says {layers} layers, and there are {len(shapes)} tensors")
+        check_depth(config)
         cls = model_class(config)
         with torch.device("meta"):
             model = getattr(cls, "_from_config" if issubclass(cls, transformers.PreTrainedModel) else "from_config")(config)

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.sites import Site
+from aqnfx.graph.wrappers import is_adapter, own_name
 
 _KEY = "aqnfx"
 
@@ -67,7 +68,8 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
         if name.startswith("_empty_nn_module_stack"):
             continue
         pairs.append((name, cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"))
-    return pairs
+    adapted = any(is_adapter(kind) for _, kind in pairs)
+    return [(own_name(name, adapted=adapted), kind) for name, kind in pairs]
 
 
 def is_ours(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException, Tor
 
 from aqnfx.errors import AqnfxError, LiveError
 from aqnfx.graph.sites import Site
+from aqnfx.graph.wrappers import is_adapter, layers_of_wrapping, unwrap
 from aqnfx.live import calls as live_calls
 from aqnfx.live.backend import FAST, PIPELINE, Backend
 from aqnfx.live.calls import capturing, compiled, own_code, watch
@@ -66,7 +67,7 @@ class Handle:
         self._inside = threading.local()
         self._lock = threading.Lock()
         self._captured = False
-        self._whole = calls[model]
+        self._whole = {call for entry, call in calls.items() if unwrap(entry) is model}
         self._end_watch: Callable[[], None] | None = None
         backend.broke = self._watch
 
@@ -129,7 +130,7 @@ class Handle:
     def _check(self, call: Callable[..., Any]) -> None:
         """Raise :class:`LiveError` where the call that has run had not the noise that was asked."""
         now, controls = self.backend.now, self.backend.controls
-        if not now.graphs and call is self._whole:  # an encoder that was not reached is reported
+        if not now.graphs and call in self._whole:  # an encoder that was not reached is reported
             reason = f" (graph break: {broke[0]})" if (broke := self._broke()) else ""
             if not self._captured:
                 self.remove()
@@ -319,10 +320,11 @@ def instrument(
 ) -> Handle:  # fmt: skip
     """Let every call of ``model`` run on graphs that ``pipeline`` rewrote, and return the handle that steers them.
 
-    The model object stays the same: ``generate``, trainers and checkpoints see no difference. ``pipeline``, ``inner`` and
-    ``fast`` are those of :class:`~aqnfx.live.backend.Backend`, ``dynamic`` and ``fullgraph`` those of ``torch.compile``.
-    Compilation happens at the first calls. Raises :class:`LiveError` where the model, a part
-    of it, or a whole that it is part of, is instrumented already.
+    ``model`` may be wrapped (DataParallel on one device, DDP, ``torch.compile``, PEFT): sites have the names that they have
+    without. The model object stays the same: ``generate``, trainers and checkpoints see no difference. ``pipeline``,
+    ``inner`` and ``fast`` are those of :class:`~aqnfx.live.backend.Backend`, ``dynamic`` and ``fullgraph`` those of
+    ``torch.compile``. Compilation happens at the first calls. Raises :class:`LiveError` where the model, a part of it, or a
+    whole that it is part of, is instrumented already.
     """
     return prepare(model, pipeline=pipeline, inner=inner, dynamic=dynamic, fullgraph=fullgraph, fast=fast).install()
 
@@ -332,8 +334,9 @@ def prepare(
     dynamic: bool | None = None, fullgraph: bool = False, fast: str = FAST,
 ) -> Handle:  # fmt: skip
     """Return the handle that :func:`instrument` returns, of a model that runs as before until :meth:`Handle.install`."""
-    controls = LiveControls(model_layers(model))
     codes = {entry: own_code(entry) for entry in _entries(model)}
+    model = unwrap(model)
+    controls = LiveControls(model_layers(model))
     roots = {code.__code__ for code in codes.values()}
     backend = Backend(pipeline=pipeline, inner=inner, model=model, controls=controls, managed=True, fast=fast, roots=roots)
     calls = {
@@ -358,7 +361,21 @@ def _refuse_twice(model: nn.Module) -> None:
 
 
 def _entries(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the modules that are called from outside: the model, and an encoder, which ``generate`` calls past the model."""
+    """Return the modules that are called from outside: the model, and an encoder, which ``generate`` calls past the model.
+
+    PEFT's wrapper runs the forward of what it holds and no call of it, so it is one of them. Raises :class:`LiveError`.
+    """
+    wrappers = layers_of_wrapping(model)
+    if spread := next((one for one in wrappers if len(getattr(one, "device_ids", None) or ()) > 1), None):
+        raise LiveError(
+            f"{type(spread).__name__} copies the model to {len(spread.device_ids)} devices at every call, and copies have no "
+            "controls; instrument the model itself on one device, or use DDP with one device per process"
+        )
+    around = [one for one in wrappers if is_adapter(f"{type(one).__module__}.")]
+    return (*_called_from_outside(wrappers[-1]), *around)
+
+
+def _called_from_outside(model: nn.Module) -> tuple[nn.Module, ...]:
     config, find = getattr(model, "config", None), getattr(model, "get_encoder", None)
     encoder = find() if getattr(config, "is_encoder_decoder", False) and callable(find) else None
     return (model, encoder) if isinstance(encoder, nn.Module) and encoder is not model else (model,)

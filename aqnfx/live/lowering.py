@@ -25,6 +25,7 @@ from aqnfx.graph.program import Program, Signature
 from aqnfx.graph.render import fingerprint
 from aqnfx.graph.tags import get_tag, is_float, tensor_value, update_tag
 from aqnfx.graph.verify import verify
+from aqnfx.graph.wrappers import own_name
 
 _CHECKPOINT = "tag_activation_checkpoint"
 _PATH = re.compile(r"^L\['\w+'\]\.?")  # the local variable that holds the model
@@ -43,10 +44,10 @@ class Names:
         """Collect the names of ``model``; of what goes by several names the first counts."""
         modules: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            modules.setdefault(id(module), name)
+            modules.setdefault(id(module), own_name(name))
         tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensors.setdefault(id(tensor), name)
+            tensors.setdefault(id(tensor), own_name(name))
         return cls(modules=modules, tensors=tensors)
 
 
