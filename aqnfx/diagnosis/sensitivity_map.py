@@ -219,6 +219,14 @@ class SensitivityMap:
         return perturbation(str(self.noise["kind"]))
 
     @property
+    def unit_error(self) -> float:
+        """The relative error of level 1: 1 for noise, that of a format on normal values; raises :class:`ArtifactError`."""
+        value = self.noise.get("unit_error", 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ArtifactError(f"sensitivity map: noise.unit_error must be a positive number, found {value!r}")
+        return float(value)
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Noise seeds that every score is the mean over."""
         return tuple(int(seed) for seed in self.noise["seeds"])

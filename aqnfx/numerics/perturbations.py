@@ -6,6 +6,7 @@ kind costs an operator, a pass, a row here and one in :mod:`aqnfx.passes.perturb
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Words:
 
     ``at`` and ``of`` say at which level, ``at_one`` and ``of_one`` the same at level 1. ``done`` is what values were perturbed
     with at several levels, ``done_at_one`` at level 1 alone; ``unit`` what a sensitivity score is relative to; ``levels`` what
-    the columns of a table by level are; ``where`` how advice names the level that it was read at.
+    the columns of a table by level are; ``where`` how advice names the level that it was read at; ``cost`` what half of the
+    level squared is multiplied with in a prediction.
     """
 
     title: str
@@ -42,19 +44,26 @@ class Words:
     unit: str
     levels: str
     where: str
+    cost: str
 
 
 _OF_NOISE = Words(
     title="Noise sensitivity of {model}", at="at level {level}", at_one="at level {level}", of="of {name} at level {level}",
     of_one="of {name} at level {level}", done="{name} noise at level {level}", done_at_one="{name} noise at level {level}",
-    unit="level", levels="by noise level", where="at noise level {level}",
+    unit="level", levels="by noise level", where="at noise level {level}", cost="the sum of (gradient x value) squared",
 )  # fmt: skip
+_COSTS = {
+    NoiseKind.ABSOLUTE_GAUSSIAN: "the sum of gradient squared",
+    NoiseKind.RMS_GAUSSIAN: "the sum of (gradient x rms) squared",
+    NoiseKind.BIAS: "the square of the sum of gradient x |value|",
+}
 _OF_FORMAT = Words(
     title="Sensitivity of {model} to {name}", at="at {level} times the error of {name}", at_one="in {name}",
     of="of the format {name} at {level} times its error", of_one="of the format {name}",
     done="the error of {name} times {level} (relative to normal values {error})",
     done_at_one="the error of {name} (relative to normal values {error})",
     unit="the relative error of {name} on normal values", levels="by factor on the error of {name}", where="in {name}",
+    cost="the square of the sum of gradient x error of {name}",
 )  # fmt: skip
 
 
@@ -112,6 +121,11 @@ class Perturbation:
         pattern = self.words.done_at_one if levels == (1.0,) else self.words.done
         return pattern.format(name=self.name, level=", ".join(f"{level:g}" for level in levels), error=f"{error:.3g}")
 
+    def say(self, what: str) -> str:
+        """Return one of the :class:`Words` that speak of no level."""
+        pattern: str = getattr(self.words, what)
+        return pattern.format(name=self.name)
+
     def _say(self, pattern: str, level: float) -> str:
         return pattern.format(name=self.name, level=f"{level:g}")
 
@@ -120,9 +134,10 @@ class Perturbation:
 def perturbation(name: str) -> Perturbation:
     """Return the perturbation of a name: a kind of noise or a number format; raises :class:`InputError` for another name."""
     if name in list(NoiseKind):
+        words = dataclasses.replace(_OF_NOISE, cost=_COSTS.get(NoiseKind(name), _OF_NOISE.cost))
         return Perturbation(
             name=str(NoiseKind(name)), kind=NOISE, random=name != NoiseKind.BIAS, graded=True, idempotent=False,
-            on_operands=False, generates=True, levels=(0.01, 0.05, 0.1), seeds=3, words=_OF_NOISE,
+            on_operands=False, generates=True, levels=(0.01, 0.05, 0.1), seeds=3, words=words,
         )  # fmt: skip
     if name.split(":")[0] not in KNOWN:
         known = (*map(str, NoiseKind), *KNOWN)

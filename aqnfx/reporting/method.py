@@ -14,8 +14,8 @@ from aqnfx.reporting.text import MISSING, flatten, percent
 def method_blocks(smap: SensitivityMap) -> tuple[Block, ...]:
     """Return what was done in words, and its settings."""
     degradation = smap.task.get("degradation", MISSING)
-    seeds = f"; scores are means over {len(smap.seeds)} noise seeds" if smap.format is None else ""
-    unit = "level" if smap.format is None else f"the relative error of {smap.format} on normal values"
+    seeds = f"; scores are means over {len(smap.seeds)} noise seeds" if smap.perturbation.repeats else ""
+    unit = smap.perturbation.say("unit")
     text = (
         f"Every probe perturbs its sites together and is paired with the clean run on the same "
         f"{smap.samples} samples{seeds}. Degradation is "
@@ -30,19 +30,12 @@ def method_blocks(smap: SensitivityMap) -> tuple[Block, ...]:
 def _prediction(smap: SensitivityMap) -> str:
     if smap.method == "measure":
         return "The prediction for a window is the sum of its layers measured alone."
-    cost = {
-        "absolute_gaussian": "the sum of gradient squared",
-        "rms_gaussian": "the sum of (gradient x rms) squared",
-        "bias": "the square of the sum of gradient x |value|",
-    }.get(str(smap.noise["kind"]), "the sum of (gradient x value) squared")
-    if smap.format is not None:
-        cost = f"the square of the sum of gradient x error of {smap.format}"
     return (
-        f"Predictions are second order: half the level squared times {cost}, with the gradients of random projections of "
-        "the logits whose covariance is the Fisher matrix of the output. A window is an avalanche point when its measured "
-        "KL exceeds its prediction by more than the interval of their ratio and, after Holm over all measured windows, by "
-        "more than chance. The degradation of what was not measured is read off a curve through what was; its interval "
-        "holds the prediction's uncertainty and the curve's."
+        f"Predictions are second order: half the level squared times {smap.perturbation.say('cost')}, with the gradients of "
+        "random projections of the logits whose covariance is the Fisher matrix of the output. A window is an avalanche point "
+        "when its measured KL exceeds its prediction by more than the interval of their ratio and, after Holm over all measured "
+        "windows, by more than chance. The degradation of what was not measured is read off a curve through what was; its "
+        "interval holds the prediction's uncertainty and the curve's."
     )
 
 

@@ -116,7 +116,7 @@ def _layers_explained(smap: SensitivityMap) -> str:
 def _layers_caption(smap: SensitivityMap, with_kl: bool, left_out: int) -> str:
     values = "degradation, KL" if with_kl else "degradation"
     estimated = ", ^ predicted, not measured" if smap.method != "measure" else ""
-    by = "by noise level" if smap.format is None else f"by factor on the error of {smap.format}"
+    by = smap.perturbation.say("levels")
     more = f"; {left_out} less sensitive layers are in the report" if left_out else ""
     return f"Layers {by}: {values} (* not distinguishable from 0{estimated}){more}"
 

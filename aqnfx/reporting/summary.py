@@ -49,19 +49,13 @@ def _what_was_done(smap: SensitivityMap) -> str:
     if not probed:
         single = sum(bool(site["measured"] or site.get("estimated")) for site in smap.per_site)
         probed = _plural(single, "single site") if single else "all sites together"
-    levels = ", ".join(f"{level:g}" for level in smap.levels)
     data = f"{_plural(smap.samples, 'sample')} ({_plural(int(smap.task['tokens']), 'position')})"
-    if smap.format is not None:
-        times = "" if smap.levels == (1.0,) else f" times {levels}"
-        return (
-            f"{probed} of {model_name(smap)} were {how} with the error of {smap.format}{times} (relative to normal values "
-            f"{smap.noise['unit_error']:.3g}), on {data}; ranges are {confidence_text(smap)} intervals."
-        )
-    return (
-        f"{probed} of {model_name(smap)} were {how} with {smap.noise['kind']} noise at level {levels}, on {data} with "
-        f"{_plural(len(smap.seeds), 'seed')}; ranges are {confidence_text(smap)} intervals at level "
-        f"{smap.base_level:g}."
-    )
+    perturbation = smap.perturbation
+    done = perturbation.done(smap.levels, smap.unit_error)
+    seeds = f" with {_plural(len(smap.seeds), 'seed')}" if perturbation.repeats else ""
+    at = f" {perturbation.at(smap.base_level)}" if perturbation.repeats else ""
+    where = f"on {data}{seeds}; ranges are {confidence_text(smap)} intervals{at}"
+    return f"{probed} of {model_name(smap)} were {how} with {done}, {where}."
 
 
 def title(smap: SensitivityMap) -> str:
@@ -89,9 +83,10 @@ def _sites(smap: SensitivityMap) -> list[str]:
 
 
 def _nothing(smap: SensitivityMap) -> str:
+    also = ", more seeds or higher levels" if smap.perturbation.repeats else ""
     return (
         f"Nothing was found: no operator, layer or window has a degradation distinguishable from 0 {at_level(smap)}; more "
-        f"samples{'' if smap.format else ', more seeds or higher levels'} are needed before any of this is acted on."
+        f"samples{also} are needed before any of this is acted on."
     )
 
 

@@ -83,7 +83,7 @@ class Evidence:
                 feeds[site] = () if feeder is None else (feeder,)
         return cls(
             structure=structure, scales=_softmax_scales(program, after),
-            error=0.0 if smap is None else smap.base_level * _unit_error(smap),
+            error=0.0 if smap is None else smap.base_level * smap.unit_error,
             feeds=feeds, readers={site: tuple(sites) for site, sites in after.items()},
             activations={
                 entry["id"]: _read(_Activations, entry["activations"], f"activations of {entry['id']!r}")
@@ -95,14 +95,6 @@ class Evidence:
                 for site, found in ({} if smap is None else smap.channels).items()
             },
         )  # fmt: skip
-
-
-def _unit_error(smap: SensitivityMap) -> float:
-    """The relative error of level 1: 1 for noise, that of a format on normal values."""
-    value = smap.noise.get("unit_error", 1.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ArtifactError(f"sensitivity map: noise.unit_error must be a positive number, found {value!r}")
-    return float(value)
 
 
 def _softmax_scales(program: Program, after: dict[str, list[str]]) -> dict[str, float]:
