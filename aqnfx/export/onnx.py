@@ -77,9 +77,10 @@ def _default(job: Job, ref: Reference | None, reading: Reading | None) -> list[s
         measured = f" (here an error of {off:.1g}, where the plan's own is {ref.error:.1g})"
     if not fused:
         return []
+    verbs = ("fuses", "rounds") if measured else ("may fuse", "round")
     return [
-        "onnxruntime's default session fuses such weights with their products (MatMulNBits) and rounds the inputs of these to 8 "
-        f"bits{measured}; add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1') computes the plan"
+        f"onnxruntime's default session {verbs[0]} such weights with their products (MatMulNBits) and {verbs[1]} the inputs of "
+        f"these to 8 bits{measured}; add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1') computes the plan"
     ]
 
 
