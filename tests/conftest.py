@@ -9,7 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import contextlib
 import gc
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # Graphs are many small objects that live for a test: by default the collector walks all of them, again and again.
 gc.set_threshold(100_000, 20, 20)
+
+# A run that a shell started in the background ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SKIP_WORDS = ("until", "absent")
 _unexplained_key = pytest.StashKey[list[str]]()

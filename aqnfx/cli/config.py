@@ -47,7 +47,8 @@ def read_config(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for key, value in loaded.items():
         name = _name(path, key, types)
-        found[name] = _value(path, key, value, types[name])
+        if value is not None:  # null: as if the line were not there
+            found[name] = _value(path, key, value, types[name])
     return found
 
 
