@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Graphs are many small objects that live for a test: by default the collector walks all of them, again and again.
 gc.set_threshold(100_000, 20, 20)
 
-# A run that a shell started in the background ignores Ctrl-C, and so would every process that a test starts.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+# A run that was started in the background, or by nohup, ignores these signals, and so would every process that a test starts.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(_number, _handler)
 
 SKIP_WORDS = ("until", "absent")
 _unexplained_key = pytest.StashKey[list[str]]()

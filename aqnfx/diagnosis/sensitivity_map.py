@@ -58,7 +58,7 @@ class _Values(_Part):
     kl: float | None = None
     ci: _Interval = [None, None]
     degradation: float | None = None
-    degradation_ci: _Interval = [None, None]
+    degradation_ci: _Interval | None = [None, None]
     score: float | None = None
     score_ci: _Interval = [None, None]
     class_: str = Field(alias="class", default="undefined")

@@ -211,9 +211,9 @@ def test_divergences_that_are_none(record: Any, found: str) -> None:
     [
         (lambda r: r.update(critical_layers=[9]), "critical layer '9' is none of its layers"),
         (lambda r: r.update(critical_ops=["conv"]), "critical operator 'conv'"),
-        (lambda r: at_base(r, "1").update(score="high"), "score of layer '1' must be a number, found 'high'"),
+        (lambda r: at_base(r, "1").update(score="high"), "per_layer_detail.1.levels.0.05.score: Input should be a valid number"),
         (lambda r: at_base(r, "1").update(degradation=True), "degradation of layer '1' must be a number"),
-        (lambda r: at_base(r, "1").update(degradation_ci=[0.1]), "degradation_ci of layer '1' must be [low, high]"),
+        (lambda r: at_base(r, "1").update(degradation_ci=[0.1]), "levels.0.05.degradation_ci: List should have at least 2"),
         (lambda r: r["windows"][1].update(degradation="much"), "degradation of window [1, 2, 3] must be a number"),
         (lambda r: r["windows"][1].update(layers=[]), "a window has no layers"),
         (lambda r: r.update(schema="aqnfx.scan/1"), "expected schema"),
