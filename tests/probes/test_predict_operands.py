@@ -127,14 +127,14 @@ def test_what_formats_change_is_computed_once_for_all_readers_of_a_value(room, m
     where = f"modules:{'|'.join(f'model.layers.0.self_attn.{name}_proj' for name in 'qkv')},roles:input"
     scored = Pipeline.parse(f'insert-score{{where="{where}" samples=4 draws=3 perturb="int4|mxfp4"}}')(program)
     batches = tuple(make_batches(encoded(4, 8), batch_size=2, pad_id=0))
-    calls, known = [], score.perturbation
-    monkeypatch.setattr(score, "perturbation", lambda name: lambda *args: (calls.append(name), known(name)(*args))[1])
+    calls, known = [], score.declared_change
+    monkeypatch.setattr(score, "declared_change", lambda name: lambda *args: (calls.append(name), known(name)(*args))[1])
     monkeypatch.setattr(score, "_HELD", room)
     found = predict(scored, eager_forward(scored), batches, draws=3)
     assert len(calls) == 2 * 2 * made  # formats, batches
     assert score.Changes.held == 0
     assert not score._CHANGES
-    monkeypatch.setattr(score, "perturbation", known)
+    monkeypatch.setattr(score, "declared_change", known)
     for name in "qkv":
         site = f"model.layers.0.self_attn.{name}_proj:linear:0:input"
         alone = Pipeline.parse(f'insert-score{{where="sites:{site}" samples=4 draws=3 perturb="int4|mxfp4"}}')(program)
