@@ -81,7 +81,9 @@ def test_program_equals_the_model_bit_for_bit(name):
 def test_notes_name_what_is_fixed(name):
     _, program, _, _ = traced(name)
     if FAMILIES[name].any_length:
-        assert program.notes == ()
+        # bert takes its positions from a table, so that its trace holds for as many as that has.
+        assert all("holds for sizes 1 to 128" in note for note in program.notes)
+        assert name == "bert" or program.notes == ()
     else:
         assert any("input_ids" in note and "dimension 1 at 13" in note for note in program.notes)
 
