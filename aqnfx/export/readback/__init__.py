@@ -137,8 +137,8 @@ def read_back(target: str, path: Path, ref: Reference, *, allowed: float = 0.0, 
             f"read back by {target}, the export is off the plan by {off:.2g} (root mean square of its outputs) where {bound:.1g} "
             f"is allowed, and the plan itself is off the model by {ref.error:.2g}; nothing is left there, --no-check writes it"
         )
-    return Reading(line=f"read back in a fresh process: off the plan by {off:.1g}, the plan off the model by {ref.error:.1g}",
-                   off=off, outputs=found)  # fmt: skip
+    line = f"read back in a fresh process: off the plan by {off:.1g} ({bound:.1g} allowed)"
+    return Reading(line=f"{line}, the plan off the model by {ref.error:.1g}", off=off, outputs=found)
 
 
 def tokens_of(name: str) -> list[int] | None:
