@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import signal
 import sys
 import threading
@@ -84,4 +83,5 @@ class Signals:
     def _send(self) -> None:
         assert self.number is not None
         self._repeated = True
-        _thread.interrupt_main(signal.Signals(self.number))
+        # To the thread: a call that waits ends then, where interrupt_main would be seen after it.
+        signal.pthread_kill(threading.main_thread().ident or 0, self.number)
