@@ -20,11 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnfx.numerics.formats import unmasked
 from aqnfx.numerics.noise import NoiseKind
-from aqnfx.numerics.perturbations import declared_change
+from aqnfx.numerics.perturbations import declared_change, perturbation
 from aqnfx.ops.call import Call
 
-RANDOM = tuple(kind for kind in NoiseKind if kind is not NoiseKind.BIAS)
-"""The kinds of noise that differ from draw to draw; everything else is a declared perturbation."""
 _HELD = 1 << 26  # bytes of what perturbations change in values, of all values together
 _LOCK = threading.RLock()  # every device has a thread of its own for the backward pass
 
@@ -118,7 +116,7 @@ def accumulate(
     hits[index] += 1
     draw, offset = int(run[1]), int(run[2])
     rows = batch or 1
-    if kind in RANDOM:
+    if perturbation(kind).random:
         scaled = scaled_gradient(grad, y, kind, keep_zeros, masked)
         if channels is not None:
             width = scaled.shape[channel_dim]

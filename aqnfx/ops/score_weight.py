@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from aqnfx.numerics.perturbations import declared_change
-from aqnfx.ops.score import RANDOM, ScoringCall, scaled_gradient
+from aqnfx.numerics.perturbations import declared_change, perturbation
+from aqnfx.ops.score import ScoringCall, scaled_gradient
 
 _CHUNK = 1 << 24  # elements of per-sample gradients that are held at a time
 
@@ -52,7 +52,7 @@ def accumulate_weight(
         part = slice(start, min(start + step, rows))
         place = slice(offset + part.start, offset + part.stop)
         per_sample = torch.bmm(outer[part], inner[part])
-        if kind in RANDOM:
+        if perturbation(kind).random:
             scaled = scaled_gradient(per_sample, weight, kind, False)
             total = torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1).double().square_()
             sequences[index, draw, place] += total.to(sequences.device)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from aqnfx.artifacts import jsonable, versions
-from aqnfx.diagnosis.explain.map_of_model import as_probed, check_interval, check_number, map_facts, perturbation
+from aqnfx.diagnosis.explain.map_of_model import as_probed, check_interval, check_number, map_facts
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.lengths import recorded, trace_for
@@ -200,7 +200,7 @@ def _modules(
 
 def _notes(smap: SensitivityMap, found: Mapping[str, Sensitivity | None], options: PlanOptions) -> list[str]:
     known = [item for item in found.values() if item is not None]
-    notes = [f"sensitivities are those {perturbation(smap)}; a map at another level gives another plan"]
+    notes = [f"sensitivities are those {smap.perturbation.of(smap.base_level)}; a map at another level gives another plan"]
     counts = {name: sum(item.source == name for item in known) for name in ("site", "layer", "operator")}
     said = ", ".join(f"{number} by {name}" for name, number in counts.items() if number)
     guessed = sum(item.estimated for item in known)

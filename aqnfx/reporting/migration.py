@@ -13,7 +13,7 @@ from aqnfx.artifacts import Schema, json_text, jsonable, write_all
 from aqnfx.diagnosis.advice.divergences import SIGNIFICANT
 from aqnfx.diagnosis.advice.migration import ACTIONS, MigrationStep
 from aqnfx.diagnosis.advice.recommend import nothing_distinguishable
-from aqnfx.diagnosis.explain.map_of_model import map_facts, perturbation
+from aqnfx.diagnosis.explain.map_of_model import map_facts
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.reporting.blocks import Block, Column, Heading, Lines, Place, Spacing, Table, on_page, say
 from aqnfx.reporting.kinds import TEXT
@@ -28,7 +28,7 @@ def migration_record(
     divergences: Mapping[str, float] | None = None, thresholds: tuple[float, float] = SIGNIFICANT,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a migration plan as plain JSON values, schema ``aqnfx.migration/1``; ``model``: of the map where not given."""
-    notes = [f"Classes and degradations are those {perturbation(smap)}, on {smap.samples} samples."]
+    notes = [f"Classes and degradations are those {smap.perturbation.of(smap.base_level)}, on {smap.samples} samples."]
     if smap.partial:
         notes.append("The map is of an interrupted run; finish it before you rely on this list.")
     if nothing_distinguishable(smap):

@@ -76,8 +76,3 @@ def map_facts(smap: SensitivityMap) -> dict[str, Any]:
         "kind": str(smap.noise["kind"]), "base_level": smap.base_level, "metric": smap.task["metric"], "samples": smap.samples,
         "method": smap.method, "partial": smap.partial, "data": smap.provenance.get("data"),
     }  # fmt: skip
-
-
-def perturbation(smap: SensitivityMap) -> str:
-    """Return what a map's classes and flat tables refer to, in words: "of relative_gaussian at level 0.05"."""
-    return smap.perturbation.of(smap.base_level)
