@@ -160,6 +160,33 @@ def read_json(path: str | os.PathLike[str], *, schema: str | None = None) -> dic
     return record
 
 
+def validate(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as ``kind`` describes it: a pydantic model, or a type as pydantic understands it.
+
+    Raises :class:`ArtifactError`, one line with ``where``, the place inside and what was found there, for one that is not so.
+    """
+    from pydantic import TypeAdapter, ValidationError  # not at the top, as above
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except (ValidationError, RecursionError) as error:
+        if not isinstance(error, ValidationError):
+            raise ArtifactError(f"{where}: it is nested too deeply") from error
+        details = error.errors(include_url=False, include_context=False)
+        place = ".".join(str(part)[:80] for part in details[0]["loc"] if not str(part).startswith("_"))
+        message = details[0]["msg"].removeprefix("Value error, ")
+        found = f", found {_short_value(details[0]['input'])}" if details[0]["type"] not in ("missing", "value_error") else ""
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise ArtifactError(f"{where}: {place + ': ' if place else ''}{message}{found}{more}") from error
+
+
+def _short_value(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} that is too large to show"
+
+
 def read_text(path: str | os.PathLike[str], *, kind: str = "text", most: int = MOST_BYTES) -> str:
     """Return the text of a regular file of at most ``most`` bytes; ``kind`` is what messages call its content.
 

@@ -41,7 +41,7 @@ RANKS = {
     "probes": 6,
     "live": 7,
     "noisy_ops": 8,
-    "scanning": 10,  # until settings and preparing are in probes
+    "scanning": 9,
     "diagnosis": 10,
     "faults": 11,
     "planning": 11,

@@ -21,9 +21,9 @@ def migrate(
     from aqnfx.diagnosis.advice.divergences import parse_divergences
     from aqnfx.diagnosis.advice.migration import migration_plan
     from aqnfx.diagnosis.explain.map_of_model import as_probed
-    from aqnfx.diagnosis.options import DTYPES
     from aqnfx.graph.lengths import recorded, trace_for
     from aqnfx.planning.planner import model_facts
+    from aqnfx.probes.settings import DTYPES
     from aqnfx.reporting.migration import migration_record, print_migration, save_migration
     from aqnfx.reporting.report import load_map
 

@@ -112,12 +112,12 @@ def run_forecast(model: str, data: Path, options: dict[str, Any], *, json_output
     check_data(data)
     from aqnfx.diagnosis.forecast import forecast
     from aqnfx.diagnosis.options import Options
-    from aqnfx.diagnosis.prepare import prepare
+    from aqnfx.diagnosis.probe_choice import prepare_probes
 
     keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|transformers")
     wanted = Options(**options)
-    found = forecast(prepare(model, data, wanted, tell=lambda _: None), wanted)
+    found = forecast(prepare_probes(model, data, wanted), wanted)
     print(json.dumps(found.to_record()) if json_output else "\n".join(found.lines()))
 
 

@@ -17,12 +17,20 @@ from torch import nn
 import aqnfx
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, Recipe, capture_on, instrument, plan, prepare
-from aqnfx.diagnosis.probe_choice import CHECKS, SPOT_CHECKS, choose_probes
+from aqnfx.diagnosis.probe_choice import (
+    CHECKS,
+    SPOT_CHECKS,
+    PreparedProbes,
+    asked_probes,
+    choose_probes,
+    prepare_probes,
+)  # fmt: skip
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.diagnosis.statistics.thresholds import confirm
+from aqnfx.diagnosis.workers import Recipe, instrument
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
+from aqnfx.graph.lengths import serves
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.passes.decompose_attention import DecomposeAttention
@@ -32,10 +40,12 @@ from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.adaptive import StoppingRule
-from aqnfx.probes.capture import Captures, collect
+from aqnfx.probes.capture import Captures, capture, collect
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
-from aqnfx.probes.data.batches import Batch, data_digest
+from aqnfx.probes.data.batches import Batch, data_digest, make_batches
 from aqnfx.probes.data.examples import Data
+from aqnfx.probes.data.limits import check_tokens, vocabulary
+from aqnfx.probes.data.samples import load_samples
 from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
@@ -96,13 +106,13 @@ def run(
     tell, began = status or (lambda _text: None), time.perf_counter()
     if calibration is not None and options.method == "measure":
         raise InputError("calibration data is for activation statistics, which --method measure does not read; leave it out")
-    ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    ready = prepare_probes(model, data, options, tokenizer=tokenizer, tell=tell)
     with _answers(ready, options) as answers:  # what cannot generate is refused before anything slow
         return _run(model, data, ready, options, answers, calibration, journal, progress, tell, began)
 
 
 def _run(
-    model: nn.Module | Program | str | Path, data: Data, ready: Prepared, options: Options, answers: Generator | None,
+    model: nn.Module | Program | str | Path, data: Data, ready: PreparedProbes, options: Options, answers: Generator | None,
     calibration: Data | None, journal: str | Path | None, progress: Progress | None, tell: Any,
     began: float,
 ) -> Measurements:  # fmt: skip
@@ -115,10 +125,10 @@ def _run(
         predictions, captures = _predict(ready, options, progress, together)
         if not together:
             tell("reading activations")
-            captures = dataclasses.replace(capture_on(calibration, ready, options), gradients=captures.gradients)
+            captures = dataclasses.replace(_capture_on(calibration, ready, options), gradients=captures.gradients)
             costs["activations"] = {k: captures.provenance[k] for k in ("passes", "seconds")}
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
-        candidates = dict.fromkeys((*ready.probes, *plan(ready.program, options, kinds=("site",))[0]))
+        candidates = dict.fromkeys((*ready.probes, *asked_probes(ready.program, options, kinds=("site",))[0]))
         probes = choose_probes(tuple(candidates), predictions, options.base, counts, seed=options.seed)
         probes = _recorded_probes(tuple(candidates), journal, options) or probes
     seeds = tuple(range(options.seed, options.seed + options.seeds))
@@ -206,7 +216,7 @@ def executor_for(recipe: Recipe, program: Program, options: Options) -> Iterator
 
 
 @contextlib.contextmanager
-def _answers(ready: Prepared, options: Options) -> Iterator[Generator | None]:
+def _answers(ready: PreparedProbes, options: Options) -> Iterator[Generator | None]:
     """Yield what answers the questions on the live model, which is given back afterwards; None without that task."""
     if options.task != "generate":
         yield None
@@ -250,7 +260,7 @@ def _method(options: Options) -> list[Any]:
 
 
 def _weight_traces(
-    ready: Prepared, options: Options, predictions: Predictions | None, tell: Any
+    ready: PreparedProbes, options: Options, predictions: Predictions | None, tell: Any
 ) -> tuple[WeightTrace, ...]:
     """Return the classical metric per weight that was asked for."""
     if options.metric is None:
@@ -267,7 +277,7 @@ def _weight_traces(
 
 
 def _predict(
-    ready: Prepared, options: Options, progress: Progress | None, captured: bool
+    ready: PreparedProbes, options: Options, progress: Progress | None, captured: bool
 ) -> tuple[Predictions, Captures]:
     """Predict every site, with statistics of gradients and, if ``captured``, of activations from the same passes.
 
@@ -291,8 +301,23 @@ def _without_next_token(m: Measurements) -> Measurements:
     return dataclasses.replace(m, clean=clean, scores=scores)
 
 
+def _capture_on(data: Data | None, ready: PreparedProbes, options: Options) -> Captures:
+    """Return activation statistics of the selected sites on ``data`` (None: the samples), at most as long as the samples."""
+    encoded = ready.encoded
+    if data is not None:
+        encoded, _ = load_samples(
+            data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
+            pack=options.pack,
+        )  # fmt: skip
+        check_tokens(encoded, vocabulary(ready.program), ready.tokenizer)
+    fixed = ready.fixed if serves(ready.program, {len(e.input_ids) for e in encoded}) else ready.longest
+    made = make_batches(encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=fixed)
+    program = InsertCapture(where=options.where, perturb=options.captured)(ready.program)
+    return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
+
+
 def _identity(
-    program: Program, ready: Prepared, sweep: Sweep, options: Options, batches: Sequence[Batch]
+    program: Program, ready: PreparedProbes, sweep: Sweep, options: Options, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     """What makes two runs the same: a journal is continued only if all of this is equal."""
     import transformers
@@ -307,7 +332,7 @@ def _identity(
 
 
 def _facts(
-    program: Program, ready: Prepared, data: Data, identity: Mapping[str, Any], options: Options
+    program: Program, ready: PreparedProbes, data: Data, identity: Mapping[str, Any], options: Options
 ) -> dict[str, Any]:
     """What an artifact records of its run: versions, machine, model, data, pipeline, notes."""
     source = {k: v for k, v in program.source.items() if k not in ("trace_seconds", "origin")}

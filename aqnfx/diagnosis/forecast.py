@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, instrument
-from aqnfx.diagnosis.probe_choice import CHECKS, SPOT_CHECKS
+from aqnfx.diagnosis.probe_choice import CHECKS, SPOT_CHECKS, PreparedProbes
+from aqnfx.diagnosis.workers import instrument
 from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.probes.compile_choice import compile_seconds, what_to_compile
 from aqnfx.probes.work import Sweep
@@ -65,7 +65,7 @@ class Forecast:
         return [*found, f"about {_time(self.seconds)} ({text}), from one batch in {self.forward_seconds:.2f} s"]
 
 
-def forecast(ready: Prepared, options: Options) -> Forecast:
+def forecast(ready: PreparedProbes, options: Options) -> Forecast:
     """Estimate the work of a run; one batch is run twice without noise."""
     seeds = tuple(range(options.seeds))
     sweep = Sweep(probes=ready.probes, levels=options.levels, seeds=seeds, base_level=options.base, task=ready.task)
@@ -98,7 +98,7 @@ def forecast(ready: Prepared, options: Options) -> Forecast:
     )  # fmt: skip
 
 
-def _new_tokens(ready: Prepared, options: Options) -> int:
+def _new_tokens(ready: PreparedProbes, options: Options) -> int:
     if options.task != "generate":
         return 0
     from aqnfx.live.generation import most_new_tokens  # loads Dynamo

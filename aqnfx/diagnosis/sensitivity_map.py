@@ -8,9 +8,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from aqnfx.artifacts import Schema, jsonable
+from aqnfx.artifacts import Schema, jsonable, validate
 from aqnfx.errors import ArtifactError
 from aqnfx.numerics.perturbations import Perturbation, perturbation
 
@@ -270,10 +270,7 @@ class SensitivityMap:
         found = record.get("schema") if isinstance(record, Mapping) else None
         if found != Schema.SENSITIVITY:
             raise ArtifactError(f"sensitivity map: expected schema {Schema.SENSITIVITY.value!r}, found {found!r}")
-        try:
-            _checker().model_validate(dict(record))
-        except ValidationError as error:
-            raise ArtifactError(f"sensitivity map: {_first_error(error)}") from error
+        validate(_checker(), dict(record), "sensitivity map")
         known = {item.name for item in fields(cls)} - {"extra"}
         values = {key: copy.deepcopy(value) for key, value in record.items() if key in known}
         extra = {key: copy.deepcopy(value) for key, value in record.items() if key not in known and key != "schema"}
@@ -303,10 +300,3 @@ def level_key(level: float) -> str:
 def layer_label(label: str) -> int | str:
     """Return a layer label as artifacts list it: an integer for ``"3"``, the text for ``"decoder.block:3"``."""
     return int(label) if label.isascii() and label.isdigit() else label
-
-
-def _first_error(error: ValidationError) -> str:
-    details = error.errors(include_url=False, include_context=False)
-    where = ".".join(str(part) for part in details[0]["loc"] if not str(part).startswith("_"))  # of unions, the record's name
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}: {details[0]['msg']}{more}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from aqnfx.artifacts import Schema
+from pydantic import AfterValidator, Field, StrictStr
+
+from aqnfx.artifacts import Schema, read_json, validate
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.operands import Place, origin
 from aqnfx.graph.program import Program
@@ -40,40 +41,27 @@ class Assignment:
 
 
 def read_assignments(path: str | Path) -> dict[str, Assignment]:
-    """Return module -> assignment of a plan file; raises :class:`InputError` for any other file, in one line."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the plan {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the plan {path} is truncated or not JSON: {str(error)[:200]}") from error
-    if not isinstance(record, dict) or record.get("schema") != Schema.PLAN:
-        raise InputError(f"{path} is not a plan ({Schema.PLAN}); make one by aqnfx plan MODEL --data FILE --out plan.json")
-    return parse_assignments(record.get("assignments"), str(path))
+    """Return module -> assignment of a plan file; raises :class:`ArtifactError` for any other file, in one line."""
+    return parse_assignments(read_json(path, schema=Schema.PLAN).get("assignments"), str(path))
 
 
 def parse_assignments(found: Any, where: str) -> dict[str, Assignment]:
-    """Return module -> assignment from a plan's JSON value; raises :class:`InputError` naming what does not fit."""
-    if not isinstance(found, Mapping) or not found:
-        raise InputError(f"{where}: a plan needs 'assignments', module -> formats, and at least one")
-    return {str(module): _assignment(where, str(module), value) for module, value in found.items()}
+    """Return module -> assignment from a plan's JSON value; raises :class:`ArtifactError` naming what does not fit."""
+    checked = validate(_Assignments, found, f"{where}: assignments")
+    return {module: Assignment(**{role: name for role, name in formats.items() if name}) for module, formats in checked.items()}
 
 
-def _assignment(where: str, module: str, found: Any) -> Assignment:
-    roles = tuple(map(str, STORED))
-    if not isinstance(found, Mapping) or not found.keys() <= set(roles):
-        raise InputError(f"{where}: the assignment of {module} is {repr(found)[:80]}, not formats of {', '.join(roles)}")
-    names: dict[str, str] = {}
-    for role, text in found.items():
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise InputError(f"{where}: the {role} of {module} is {repr(text)[:80]}, not the text of a format")
-        try:
-            names[role] = parse_format(text).name
-        except InputError as error:
-            raise InputError(f"{where}: {module}: {error}") from error
-    return Assignment(**names)
+def _canonical(text: str) -> str:
+    try:
+        return parse_format(text).name
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+_Format = Annotated[StrictStr, AfterValidator(_canonical)]
+_Assignments = Annotated[
+    dict[StrictStr, dict[Literal["weight", "input", "key", "value"], _Format | None]], Field(min_length=1)
+]
 
 
 def operands_by_module(program: Program) -> dict[str, tuple[Place, ...]]:

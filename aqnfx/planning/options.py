@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from aqnfx.diagnosis.options import DTYPES, byte_count, check_most, check_seed, shown
+from pydantic import Field, StrictFloat, StrictInt, StrictStr
+
+from aqnfx.artifacts import validate
 from aqnfx.errors import InputError, nearest
 from aqnfx.numerics.formats import parse_format
 from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_choice, parse_menu
+from aqnfx.probes.settings import RunSettings, byte_count, check_count, one_of
 
 COUPLE = ("none", "fused")
 RULES = ("optimal", "threshold")
@@ -22,7 +25,7 @@ THRESHOLDS = (0.15, 0.05)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(RunSettings):
     """What to plan; the command line's flags of the same names.
 
     ``formats``: the menu for weights, or weights / inputs (:func:`~aqnfx.planning.menu.parse_menu`), None: that of the rule;
@@ -35,7 +38,7 @@ class PlanOptions:
     question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales. ``couple`` "fused": weights
     that runtimes multiply together get one choice. ``partial``: blocks that do not divide ("refuse", "pad", "drop").
     ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or "*" -> choice -> seconds.
-    ``samples`` choose, ``eval_samples`` others judge. ``allow_missing``: as for :class:`~aqnfx.diagnosis.options.Options`.
+    ``samples`` choose, ``eval_samples`` others judge.
     Raises :class:`InputError` for values that cannot be meant.
     """
 
@@ -63,15 +66,9 @@ class PlanOptions:
     samples: int = 32
     eval_samples: int = 64
     batch_size: int = 8
-    max_length: int | None = None
-    text_field: str | None = None
-    pack: bool = True
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
-    allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        RunSettings.__post_init__(self)
         if self.rule not in RULES:
             raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}{nearest(str(self.rule), RULES)}")
         if isinstance(self.modules, str) or not all(isinstance(name, str) for name in self.modules):
@@ -98,25 +95,10 @@ class PlanOptions:
             raise InputError("seconds and a latency table belong together: the budget, and what every choice takes")
         if self.bytes is not None:
             byte_count("bytes", self.bytes)
-        for name in ("draws", "samples", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, found {shown(getattr(self, name))}")
-            check_most(name, getattr(self, name))
-        check_seed(self.seed)
-        for name in ("eval_samples", "pareto", "seed"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise InputError(f"{name} must be a whole number and not negative, found {shown(getattr(self, name))}")
-            if name != "seed":
-                check_most(name, getattr(self, name))
-        if self.max_length is not None:
-            if not isinstance(self.max_length, int) or self.max_length < 1:
-                raise InputError(f"max_length must be a whole number of at least 1, found {shown(self.max_length)}")
-            check_most("max_length", self.max_length)
-        for name, value, known in (
-            ("couple", self.couple, COUPLE), ("partial groups", self.partial, PARTIAL), ("dtype", self.dtype, DTYPES),
-        ):  # fmt: skip
-            if value not in known:
-                raise InputError(f"{name} {value!r} is not one of {', '.join(known)}{nearest(str(value), known)}")
+        for name, least in (("draws", 1), ("eval_samples", 0), ("pareto", 0)):
+            check_count(name, getattr(self, name), least)
+        one_of("couple", self.couple, COUPLE)
+        one_of("partial groups", self.partial, PARTIAL)
         if self.pareto == 1:
             raise InputError("pareto 1 is no frontier; give 2 budgets or more, or 0 for none")
         self.kept()
@@ -178,15 +160,10 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:
 
 
 def parse_latency(record: Any, where: str) -> dict[str, dict[str, float]]:
-    """Return module (or "*") -> choice -> seconds of a latency table's JSON; raises :class:`InputError` naming what is wrong."""
-    if not isinstance(record, Mapping) or not record:
-        raise InputError(f"{where}: a latency table is an object, module or '*' -> choice -> seconds")
-    found: dict[str, dict[str, float]] = {}
-    for module, row in record.items():
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: {module!r} is {repr(row)[:60]}, not choice -> seconds")
-        for choice, value in row.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-                raise InputError(f"{where}: {module}, {choice}: {repr(value)[:40]} is no number of seconds")
-        found[str(module)] = {parse_choice(str(c)).text: float(v) for c, v in row.items()}
-    return found
+    """Return module (or "*") -> choice -> seconds of a latency table's JSON; :class:`ArtifactError` names what is wrong."""
+    checked = validate(_Latencies, record, f"{where}: latency table (module or '*' -> choice -> seconds)")
+    return {module: {parse_choice(choice).text: float(value) for choice, value in row.items()} for module, row in checked.items()}
+
+
+_Seconds = Annotated[StrictInt | StrictFloat, Field(ge=0, lt=1e18)]
+_Latencies = Annotated[dict[StrictStr, dict[StrictStr, _Seconds]], Field(min_length=1)]

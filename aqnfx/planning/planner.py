@@ -12,8 +12,6 @@ import numpy as np
 from torch import nn
 
 from aqnfx.artifacts import jsonable, versions
-from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, prepare
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
 from aqnfx.errors import InputError
 from aqnfx.graph.frontend import model_digest
@@ -37,6 +35,7 @@ from aqnfx.probes.data.batches import Batch, data_digest, make_batches
 from aqnfx.probes.data.examples import Data
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.predict import predict
+from aqnfx.probes.prepare import Prepared, prepare
 
 
 def plan(
@@ -134,22 +133,18 @@ def run_facts(ready: Prepared, data: Data, options: PlanOptions, count: int) -> 
 
 def prepare_plan(model: Any, data: Data, wanted: PlanOptions, tokenizer: Any, tell: Callable[[str], None]) -> Prepared:
     """Load, encode, trace and tag for a plan; the samples keep their order, those that choose first."""
+    _check_menu(wanted)
     roles = "weight|input|key|value" if wanted.kv_formats is not None else "weight|input"
-    options = Options(
-        samples=wanted.samples + wanted.eval_samples, batch_size=wanted.batch_size, max_length=wanted.max_length,
-        ops=f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS, roles=roles,
-        text_field=wanted.text_field, pack=wanted.pack, device=wanted.device, dtype=wanted.dtype, probes=("site",),
-        adaptive=True, perturb=_any_format(wanted), allow_missing=wanted.allow_missing,
-    )  # fmt: skip  # adaptive keeps the samples in their order; nothing is stopped early here
-    ready = prepare(model, data, options, tokenizer=tokenizer, tell=tell)
+    ops = f"{PRODUCTS}|sdpa|matmul|bmm" if wanted.kv_formats is not None else PRODUCTS
+    read = dataclasses.replace(wanted, samples=wanted.samples + wanted.eval_samples)
+    where = f"ops:{ops},roles:{roles}"
+    ready = prepare(model, data, read, where=where, in_order=True, tokenizer=tokenizer, tell=tell)
     return dataclasses.replace(ready, program=PartitionBlocks()(ready.program))  # plans start from blocks
 
 
-def _any_format(wanted: PlanOptions) -> str:
-    named = (name for choice in wanted.menu for name in (choice.weight, choice.input) if name is not None)
-    if (found := next(named, None)) is None:
+def _check_menu(wanted: PlanOptions) -> None:
+    if all(name is None for choice in wanted.menu for name in (choice.weight, choice.input)):
         raise InputError("every choice leaves the model as it is; there is nothing to plan")
-    return found
 
 
 def batches_of(ready: Prepared, options: PlanOptions, first: int, last: int) -> list[Batch]:

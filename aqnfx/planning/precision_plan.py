@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-from aqnfx.artifacts import Schema
-from aqnfx.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from aqnfx.artifacts import Schema, validate
+from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.assignments import Assignment, parse_assignments
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
+
+_SIZE = Field(ge=0, lt=1e18)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +38,9 @@ class PrecisionPlan:
 
     model: dict[str, Any]
     assignments: dict[str, Assignment]
-    avg_bits: float
-    effective_bits: float
-    bytes: int
+    avg_bits: Annotated[float, _SIZE]
+    effective_bits: Annotated[float, _SIZE]
+    bytes: Annotated[int, _SIZE]
     budget: dict[str, Any] = field(default_factory=dict)
     rule: str = "optimal"
     coupling: dict[str, Any] = field(default_factory=dict)
@@ -54,27 +59,25 @@ class PrecisionPlan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "the plan") -> PrecisionPlan:
-        """Return the plan of a record; raises :class:`InputError` in one line for one that is none, or was changed."""
+        """Return the plan of a record; raises :class:`ArtifactError` in one line for one that is none, or was changed."""
         if record.get("schema") != Schema.PLAN:
-            raise InputError(f"{where}: expected schema {Schema.PLAN.value!r}, found {record.get('schema')!r}")
-        kinds: dict[str, tuple[type, ...]] = {
-            "avg_bits": (int, float), "effective_bits": (int, float), "bytes": (int,), "rule": (str,), "notes": (list,),
-            "compared": (list,), "frontier": (list,),
-        }  # fmt: skip
-        given: dict[str, Any] = {}
-        for item in fields(cls):
-            if item.name not in record:
-                if item.name in ("model", "assignments", "avg_bits", "effective_bits", "bytes"):
-                    raise InputError(f"{where}: {item.name!r} is missing; the file is not whole")
-                continue
-            value = record[item.name]
-            if not isinstance(value, kinds.get(item.name, (dict,))) or isinstance(value, bool):
-                raise InputError(f"{where}: {item.name!r} is {repr(value)[:80]}, of another type than a plan has")
-            given[item.name] = value
-        for name in ("avg_bits", "effective_bits", "bytes"):
-            if not 0 <= given[name] < 1e18:  # NaN is neither
-                raise InputError(f"{where}: {name!r} is {repr(given[name])[:40]}, not a size")
+            raise ArtifactError(f"{where}: expected schema {Schema.PLAN.value!r}, found {record.get('schema')!r}")
+        validate(_checker(), dict(record), where)
+        given = {item.name: record[item.name] for item in fields(cls) if item.name in record}
         return cls(**given | {"assignments": parse_assignments(given["assignments"], where)})
+
+
+@cache
+def _checker() -> type[BaseModel]:
+    """Return the model that a record is checked with: the fields of a plan, as their annotations describe them."""
+    hints = get_type_hints(PrecisionPlan, include_extras=True)
+    wanted: dict[str, Any] = {
+        item.name: (hints[item.name], ... if item.default is item.default_factory is MISSING else None)
+        for item in fields(PrecisionPlan)
+        if item.name != "assignments"
+    }
+    base = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())
+    return create_model("PlanRecord", __config__=base, assignments=(dict[str, Any], ...), **wanted)
 
 
 def check_model(plan: PrecisionPlan, program: Program, path: str | Path) -> None:

@@ -11,7 +11,6 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from aqnfx.diagnosis.options import byte_count
 from aqnfx.errors import InputError, nearest
 from aqnfx.graph.assignments import Assignment, operands_by_module
 from aqnfx.graph.coupling import coupling_groups
@@ -20,6 +19,7 @@ from aqnfx.graph.sites import Role
 from aqnfx.planning.knapsack import Limit
 from aqnfx.planning.menu import Choice, Part, cache_part, check_groups, weight_part
 from aqnfx.planning.options import PlanOptions, choice_bits
+from aqnfx.probes.settings import byte_count
 
 Array = NDArray[np.float64]
 PRODUCTS = "linear|grouped_mm"

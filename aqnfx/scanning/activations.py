@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import prepare
 from aqnfx.numerics.formats import Format
 from aqnfx.passes.insert_scan import InsertScan
 from aqnfx.probes.data.batches import data_digest
 from aqnfx.probes.data.examples import Data
 from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.prepare import prepare
+from aqnfx.probes.settings import RunSettings
+from aqnfx.probes.tasks import KL
 from aqnfx.scanning.activation_scan import SiteScan, scan_activations
 
 # Without matmul here, so that a fused attention stays whole; where a model has products of its own they are scanned too.
@@ -43,11 +44,11 @@ def measure_activations(
     """Load and trace ``model``, run ``data`` through it once, and return what each format does to every operand.
 
     ``formats``: the texts that were asked for -> format. ``options`` are those of
-    :class:`~aqnfx.diagnosis.options.Options` on samples, lengths, batches, device and dtype. Raises subclasses of
+    :class:`~aqnfx.probes.settings.RunSettings`. Raises subclasses of
     :class:`~aqnfx.errors.AqnfxError` for bad input.
     """
-    wanted = Options(ops=_OPS, roles=_ROLES, task="kl", probes=("all",), **options)
-    ready = prepare(model, data, wanted, tokenizer=tokenizer, tell=lambda _: None)
+    wanted = RunSettings(**options)
+    ready = prepare(model, data, wanted, where=f"ops:{_OPS},roles:{_ROLES}", task=KL.name, tokenizer=tokenizer)
     names = tuple(dict.fromkeys(fmt.name for fmt in formats.values()))
     program = InsertScan(where=_WHERE, formats=names)(ready.program)
     found = scan_activations(program, eager_forward(program), ready.batches(wanted), progress=progress)

@@ -30,7 +30,7 @@ from small_models import BRIEF, FULL, problem_texts, train
 from aqnfx import Pipeline, Program
 from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.diagnosis.sensitivity_map import level_key
 from aqnfx.diagnosis.statistics.fit import agreement
 from aqnfx.graph.edit import control_buffer
@@ -107,7 +107,7 @@ class Subject:
         )  # fmt: skip
         # adaptive: samples as they come. Nothing is stopped early here; all samples are one batch, and a sample's noise
         # stays that of its place in the data.
-        ready = prepare(model, data, options, tokenizer=tokenizer, tell=lambda _: None)
+        ready = prepare_probes(model, data, options, tokenizer=tokenizer, tell=lambda _: None)
         every = [probe.key for probe in plan_probes(ready.program, Selector.parse(options.where), kinds=("site",))]
         where = f"sites:{'|'.join(spread(every, setting.sites))}"
         score = f'insert-score{{where="{where}" samples={len(ready.encoded)} draws={setting.draws}}}'

@@ -27,12 +27,13 @@ from scipy.stats import spearmanr
 from aqnfx import Pipeline, Program
 from aqnfx.data import EMBEDDED
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.graph.selector import Selector
 from aqnfx.numerics.formats import E2M1, E4M3, parse_format, quantize, relative_error, round_element
 from aqnfx.probes.forward import compiled_forward, eager_forward
 from aqnfx.probes.measure import Sweep, measure
 from aqnfx.probes.predict import predict
+from aqnfx.probes.prepare import Prepared
 from aqnfx.probes.probe_sets import plan_probes
 
 Array = NDArray[np.float64]
@@ -67,7 +68,7 @@ def made_ready(model: str, data: Path | None, setting: Setting) -> Prepared:
     options = Options(
         samples=setting.samples, batch_size=setting.samples, max_length=setting.length, ops="linear", task="kl", adaptive=True
     )  # adaptive keeps the samples in their order; nothing is stopped early here
-    return prepare(model, embedded_problems() if data is None else data, options, tell=lambda _: None)
+    return prepare_probes(model, embedded_problems() if data is None else data, options, tell=lambda _: None)
 
 
 def batch_of(ready: Prepared, setting: Setting) -> list[Any]:

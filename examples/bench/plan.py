@@ -27,7 +27,6 @@ from common import RESULTS, finish
 from numpy.typing import NDArray
 from scipy import stats
 
-from aqnfx.diagnosis.prepare import Prepared
 from aqnfx.graph.assignments import Assignment
 from aqnfx.numerics.stats import paired_difference
 from aqnfx.planning.checks import check_options
@@ -41,6 +40,7 @@ from aqnfx.planning.options import PlanOptions
 from aqnfx.planning.planner import batches_of, prepare_plan, score_options
 from aqnfx.planning.problem import Problem, limits, make_problem
 from aqnfx.probes.data.batches import Batch
+from aqnfx.probes.prepare import Prepared
 
 Array = NDArray[np.float64]
 WIDTHS = "int2:g32:asym,int3:g32,int4:g32,int6:g32,int8:g32"

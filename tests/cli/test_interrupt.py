@@ -132,7 +132,7 @@ def test_interrupted_while_loading_leaves_nothing(
     def stop(*_args: Any, **_options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aqnfx.diagnosis.prepare.load_model", stop)
+    monkeypatch.setattr("aqnfx.probes.prepare.load_model", stop)
     ended = aqnfx("diagnose", place.model, *place.quick, "--out", tmp_path / "a" / "b")
     assert ended.code == 130
     assert "Traceback" not in ended.err

@@ -11,7 +11,7 @@ import pytest
 import aqnfx
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.diagnosis.statistics.predicted import predicted_record
 from aqnfx.diagnosis.statistics.samples import Intervals as interpret_options
 from aqnfx.errors import ArtifactError, InputError, ModelError, NotYetError, SelectorError
@@ -79,7 +79,7 @@ def test_no_single_row_is_left_over(directory: Path) -> None:
     found = {}
     for count, size in ((5, 4), (7, 3), (3, 2), (1, 4), (6, 4)):
         options = Options(**{**QUICK, "samples": count, "batch_size": size, "pack": False})
-        ready = prepare(directory, TEXT * 2, options, tell=lambda _: None)
+        ready = prepare_probes(directory, TEXT * 2, options, tell=lambda _: None)
         found[count, size] = [batch.size for batch in ready.batches(options)]
     assert found == {(5, 4): [3, 2], (7, 3): [2, 2, 2, 1], (3, 2): [2, 1], (1, 4): [1], (6, 4): [4, 2]}
 

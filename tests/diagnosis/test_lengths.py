@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from aqnfx.diagnosis.explain.analysis import analyze
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.lengths import recorded, serves, trace_for
 from aqnfx.probes.forward import eager_forward
+from aqnfx.probes.prepare import Prepared
 from tests.cli.tiny import tokenizer
 from tests.graph.small import seeded
 
@@ -48,7 +49,7 @@ class Chunked(nn.Module):
 
 def ready(model: nn.Module, *texts: str) -> Prepared:
     options = Options(samples=len(texts), batch_size=1, adaptive=True, pack=False)
-    return prepare(model, list(texts), options, tokenizer=tokenizer(), tell=lambda _: None)
+    return prepare_probes(model, list(texts), options, tokenizer=tokenizer(), tell=lambda _: None)
 
 
 @pytest.mark.parametrize("lengths", [(5, 7), (30, 27), (5, 30)])

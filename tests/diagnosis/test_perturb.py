@@ -14,7 +14,7 @@ import aqnfx
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.diagnosis.statistics.sqnr import sqnr_record
 from aqnfx.errors import InputError, SelectorError
 from aqnfx.numerics.formats import relative_error
@@ -63,7 +63,7 @@ def test_operands_of_products_and_outputs_of_the_rest_are_stored(smap: aqnfx.Sen
 
 def test_the_measured_kl_of_a_layer_is_that_of_the_stored_layer(found: Measurements, directory: Path) -> None:
     options = Options(**QUICK)
-    ready = prepare(directory, TEXT * 2, options, tell=lambda _: None)
+    ready = prepare_probes(directory, TEXT * 2, options, tell=lambda _: None)
     (batch,) = ready.batches(options)
     layer = next(p for p in found.probes if p.kind == "layer")
     stored = Pipeline.parse(f'insert-fake-quant{{where="{options.where},layers:{layer.key}" format=mxfp4}}')(ready.program)

@@ -39,18 +39,18 @@ def changed(case: Case, change: Callable[[dict[str, Any]], Any]) -> Path:
     ("change", "words"),
     [
         (lambda r: r["assignments"].update({DOWN: {"weight": "int9"}}), "unknown format 'int9'"),
-        (lambda r: r["assignments"].update({DOWN: {"weight": 8}}), "not the text of a format"),
-        (lambda r: r["assignments"].update({DOWN: "int8"}), "not formats of weight"),
+        (lambda r: r["assignments"].update({DOWN: {"weight": 8}}), "weight: Input should be a valid string, found 8"),
+        (lambda r: r["assignments"].update({DOWN: "int8"}), "Input should be a valid dictionary, found 'int8'"),
         (lambda r: r.update(assignments={"model.layers.0.mlp.down": {"weight": "int8"}}), "did you mean"),
-        (lambda r: r.update(assignments={}), "at least one"),
+        (lambda r: r.update(assignments={}), "at least 1 item"),
         (lambda r: r.update(assignments={DOWN: {"weight": None}}), "nothing to export"),
         (lambda r: r["model"].update(digest="0" * 64), "whose weights are not those of the model"),
         (lambda r: r["model"].update(name="nowhere/at/all"), "add --model DIRECTORY"),
         (lambda r: r["model"].update(name=None), "does not name its model"),
         (lambda r: r["model"].update(dtype="int8"), "the dtype 'int8'"),
         (lambda r: r.update(schema="aqnfx.plan/2"), "expected schema 'aqnfx.plan/1'"),
-        (lambda r: r.pop("avg_bits"), "'avg_bits' is missing"),
-        (lambda r: r.update(bytes=-1), "not a size"),
+        (lambda r: r.pop("avg_bits"), "avg_bits: Field required"),
+        (lambda r: r.update(bytes=-1), "bytes: Input should be greater than or equal to 0, found -1"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(case: Case, change: Callable[[dict[str, Any]], Any], words: str) -> None:

@@ -47,7 +47,7 @@ def test_a_spread_model_gives_the_same_map(directory: Path, monkeypatch: pytest.
         parts = dict.fromkeys((*(f"model.{n}" for n in ("embed_tokens", "layers", "norm", "rotary_emb")), "lm_head"), "cpu")
         return accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)
 
-    monkeypatch.setattr("aqnfx.diagnosis.prepare.load_model", hooked)
+    monkeypatch.setattr("aqnfx.probes.prepare.load_model", hooked)
     options: dict[str, Any] = {"samples": 4, "seeds": 1, "levels": (0.3,), "max_length": 16, "window": 2, "compile": "no"}
     alone, spread = (run(directory, TEXT, Options(**options, device=device)) for device in ("cpu", "auto"))
     for metric, scores in alone.scores.items():

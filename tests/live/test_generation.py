@@ -11,7 +11,7 @@ import pytest
 from aqnfx.diagnosis.diagnose import run
 from aqnfx.diagnosis.forecast import forecast
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.errors import InputError, SelectorError
 from aqnfx.graph.frontend import trace
 from aqnfx.live.generation import Generator, final_answer, until
@@ -62,7 +62,7 @@ def test_generated_answers_are_those_of_the_model_one_by_one(made: tuple[Path, P
 def test_noise_is_of_the_sample_and_the_seed(made: tuple[Path, Path]) -> None:
     directory, data = made
     options = Options(**CHOSEN)
-    ready = prepare(str(directory), data, options, tell=lambda _: None)
+    ready = prepare_probes(str(directory), data, options, tell=lambda _: None)
     assert ready.model is not None
     sites = [site.id for site in ready.program.sites if site.op == "linear"]
     batches = ready.batches(options)
@@ -115,7 +115,7 @@ def test_options_that_cannot_be_meant(change: dict[str, Any], message: str) -> N
 def test_what_it_takes_is_said_before(made: tuple[Path, Path]) -> None:
     directory, data = made
     options = Options(**CHOSEN)
-    found = forecast(prepare(str(directory), data, options, tell=lambda _: None), options)
+    found = forecast(prepare_probes(str(directory), data, options, tell=lambda _: None), options)
     assert found.new_tokens == NEW
     assert any("6 batches of answers of at most 6 tokens" in line for line in found.lines())  # two, clean and with two seeds
 

@@ -193,13 +193,17 @@ def test_unknown_names_are_refused(smap: SensitivityMap) -> None:
     [
         ([], "expected schema"), ({"sites": {"a": 1}}, "expected schema"),
         ({"schema": "aqnfx.divergences/2", "sites": {"a": 1}}, "found 'aqnfx.divergences/2'"),
-        ({"schema": Schema.DIVERGENCES}, "'sites' must be an object"), ({"schema": Schema.DIVERGENCES, "sites": {}}, "not empty"),
-        ({"schema": Schema.DIVERGENCES, "sites": ["a"]}, "'sites' must be an object"),
-        *(({"schema": Schema.DIVERGENCES, "sites": {"a": bad}}, "'a': ") for bad in (True, "1", -0.1, None, float("inf"), [0.1])),
+        ({"schema": Schema.DIVERGENCES}, "sites: Field required"),
+        ({"schema": Schema.DIVERGENCES, "sites": {}}, "at least 1 item"),
+        ({"schema": Schema.DIVERGENCES, "sites": ["a"]}, "sites: Input should be a valid dict"),
+        *(
+            ({"schema": Schema.DIVERGENCES, "sites": {"a": bad}}, "sites.a")
+            for bad in (True, "1", -0.1, None, float("inf"), [0.1])
+        ),
     ],
 )  # fmt: skip
 def test_divergences_that_are_none(record: Any, found: str) -> None:
-    with pytest.raises(InputError) as error:
+    with pytest.raises(ArtifactError) as error:
         parse_divergences(record, "d.json")
     assert found in str(error.value)
     assert str(error.value).startswith("d.json: ")

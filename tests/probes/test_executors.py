@@ -24,7 +24,8 @@ import torch
 
 from aqnfx.diagnosis.diagnose import executor_for, run
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Recipe, instrument, prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
+from aqnfx.diagnosis.workers import Recipe, instrument
 from aqnfx.errors import InputError, ProbeError
 from aqnfx.probes.executors import InProcess, Threads
 from aqnfx.probes.measure import measure
@@ -57,7 +58,7 @@ class Setup:
 
     def __init__(self, directory: Path, **changes: Any) -> None:
         self.options = Options(**QUICK, **changes)
-        ready = prepare(directory, TEXT, self.options, tell=lambda _: None)
+        ready = prepare_probes(directory, TEXT, self.options, tell=lambda _: None)
         seeds = tuple(range(self.options.seeds))
         self.sweep = Sweep(
             probes=ready.probes, levels=self.options.levels, seeds=seeds, base_level=self.options.base, task="kl"
@@ -128,7 +129,7 @@ def test_workers_can_be_made_twice_from_a_module(directory: Path, alone: Measure
     from aqnfx.probes.data.samples import load_tokenizer
 
     model, options = load_model(str(directory)), Options(**QUICK)
-    ready = prepare(model, TEXT, options, tokenizer=load_tokenizer(str(directory)), tell=lambda _: None)
+    ready = prepare_probes(model, TEXT, options, tokenizer=load_tokenizer(str(directory)), tell=lambda _: None)
     recipe = Recipe.of(model, ready, options, Setup(directory).sweep, "none")
     first, second = recipe("cpu"), recipe("cpu")
     assert next(first.program.module.parameters()).data_ptr() != next(second.program.module.parameters()).data_ptr()

@@ -12,9 +12,10 @@ from torch import nn
 
 from aqnfx import trace
 from aqnfx.diagnosis.options import Options
-from aqnfx.diagnosis.prepare import Prepared, prepare
+from aqnfx.diagnosis.probe_choice import prepare_probes
 from aqnfx.errors import InputError, ModelError
 from aqnfx.probes.data.limits import padding, positions, vocabulary
+from aqnfx.probes.prepare import Prepared
 from tests.cli.tiny import TEXT, tokenizer
 
 OPTIONS: dict[str, Any] = {"samples": 2, "probes": ("all",), "ops": "linear", "pack": False}
@@ -35,7 +36,7 @@ def camembert() -> nn.Module:
 
 def prepared(model: Any, tok: Any = None, data: Any = TEXT, **options: Any) -> Prepared:
     asked = Options(**(OPTIONS | options))
-    return prepare(model, data, asked, tokenizer=tok or tokenizer(), tell=lambda _: None)
+    return prepare_probes(model, data, asked, tokenizer=tok or tokenizer(), tell=lambda _: None)
 
 
 def test_a_padding_token_without_a_row_is_replaced() -> None:
@@ -69,11 +70,11 @@ def test_positions_begin_after_the_padding_index() -> None:
 
 
 def test_calibration_data_are_checked_too() -> None:
-    from aqnfx.diagnosis.prepare import capture_on
+    from aqnfx.diagnosis.diagnose import _capture_on
 
     ready = prepared(gpt2(94), data=["abc abc", "abc"])
     with pytest.raises(InputError, match="has no row"):
-        capture_on(["abc~"], ready, Options(**OPTIONS))
+        _capture_on(["abc~"], ready, Options(**OPTIONS))
 
 
 def test_a_vocabulary_of_one_token_is_refused() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from aqnfx.artifacts import Schema
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
+
+from aqnfx.artifacts import Schema, validate
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
-from aqnfx.errors import InputError, nearest
+from aqnfx.errors import ArtifactError, InputError, nearest
 from aqnfx.graph.program import Program
 
 SIGNIFICANT = (1e-1, 1e-2)
@@ -27,19 +29,21 @@ class Target:
 def parse_divergences(record: Any, where: str) -> dict[str, float]:
     """Return name -> relative error (a fraction) of the JSON ``{"schema": "aqnfx.divergences/1", "sites": {name: number}}``.
 
-    Raises :class:`InputError`, one line, for anything else.
+    Raises :class:`ArtifactError`, one line, for anything else.
     """
     if not isinstance(record, Mapping) or record.get("schema") != Schema.DIVERGENCES:
         found = record.get("schema") if isinstance(record, Mapping) else type(record).__name__
-        raise InputError(f"{where}: expected schema {Schema.DIVERGENCES.value!r}, found {repr(found)[:80]}")
-    sites = record.get("sites")
-    if not isinstance(sites, Mapping) or not sites:
-        raise InputError(f"{where}: 'sites' must be an object, site or module or layer -> relative error, and not empty")
-    for name, value in sites.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not (math.isfinite(value) and value >= 0):
-            raise InputError(f"{where}: {str(name)[:80]!r}: {repr(value)[:40]} is no relative error, a number of at least 0")
-    return {str(name): float(value) for name, value in sites.items()}
+        raise ArtifactError(f"{where}: expected schema {Schema.DIVERGENCES.value!r}, found {repr(found)[:80]}")
+    checked = validate(_Divergences, dict(record), where)
+    return {name: float(value) for name, value in checked.sites.items()}
+
+
+class _Divergences(BaseModel):
+    """The record: site or module or layer -> relative error."""
+
+    sites: Annotated[
+        dict[StrictStr, Annotated[StrictInt | StrictFloat, Field(ge=0, allow_inf_nan=False)]], Field(min_length=1)
+    ]
 
 
 def check_thresholds(thresholds: tuple[float, float]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from aqnfx.artifacts import validate
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
-from aqnfx.errors import ArtifactError
 from aqnfx.graph.coupling import TIED
 from aqnfx.graph.operands import origin
 from aqnfx.graph.opkinds import OpKind, base_name
@@ -48,9 +48,6 @@ class _Channels(BaseModel):
     outlier_count: int = Field(default=0, ge=0)
 
 
-_M = TypeVar("_M", bound=BaseModel)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What reasons are read from: the structure, which sites feed which, and a map's statistics by site.
@@ -86,12 +83,12 @@ class Evidence:
             error=0.0 if smap is None else smap.base_level * smap.unit_error,
             feeds=feeds, readers={site: tuple(sites) for site, sites in after.items()},
             activations={
-                entry["id"]: _read(_Activations, entry["activations"], f"activations of {entry['id']!r}")
+                entry["id"]: validate(_Activations, entry["activations"], f"sensitivity map: activations of {entry['id']!r}")
                 for entry in (() if smap is None else smap.per_site)
                 if entry.get("activations")
             },
             channels={
-                site: _read(_Channels, found, f"channels of {site!r}")
+                site: validate(_Channels, found, f"sensitivity map: channels of {site!r}")
                 for site, found in ({} if smap is None else smap.channels).items()
             },
         )  # fmt: skip
@@ -112,15 +109,6 @@ def _softmax_scales(program: Program, after: dict[str, list[str]]) -> dict[str, 
                 divided = base_name(nodes[reader].target) in ("div", "truediv", "true_divide", "divide")
                 found[site] = found[reader] * abs(1 / numbers[0] if divided else numbers[0])
     return found
-
-
-def _read(kind: type[_M], value: Any, where: str) -> _M:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(map(str, first["loc"])) or "value"
-        raise ArtifactError(f"sensitivity map: {where}: {field}: {first['msg']}") from error
 
 
 def reasons(site: str, evidence: Evidence) -> list[dict[str, Any]]:
