@@ -30,6 +30,12 @@ app.command("plan")(plan.command)
 app.command("env")(env.command)
 
 
+# What reports every optional kernel and package that it cannot load, and failures that this command says itself.
+CHATTY = (
+    "torchao", "torch.utils._pytree", "torch.onnx._internal.exporter._registration", "huggingface_hub",
+)  # fmt: skip
+
+
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
@@ -39,8 +45,7 @@ def _options(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Where torchao is installed transformers imports it, and it reports every optional kernel that it cannot load.
-    for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     if debug:
         os.environ["AQNFX_DEBUG"] = "1"

@@ -93,3 +93,12 @@ def test_sigterm_before_anything_is_measured(arguments: list[str], place: Place,
     assert err.startswith("aqnfx: interrupted")
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_is_one_line_and_no_word_of_other_packages() -> None:
+    ended = subprocess.run(
+        [*COMMAND, "trace", "nobody/has-this-model"], env=environment(HF_HUB_OFFLINE="1"), capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("aqnfx: cannot load model 'nobody/has-this-model'")
+    assert ended.stderr.count("\n") == 1
