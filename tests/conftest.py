@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,6 +34,7 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
             signal.signal(_number, _handler)
 
 SKIP_WORDS = ("until", "absent")
+_NO_CALL = SimpleNamespace(params={})
 _unexplained_key = pytest.StashKey[list[str]]()
 
 
@@ -91,6 +93,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from torch._inductor import config
 
         config.cpp.simdlen = None if item.get_closest_marker("slow") else 1
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Call a test slow for the families that are not quick, where it is also for one that is."""
+    if (families := sys.modules.get("tests.families")) is None:
+        return
+    of_test: dict[str, list[tuple[pytest.Item, set[str]]]] = {}
+    for item in items:
+        values = {v for v in getattr(item, "callspec", _NO_CALL).params.values() if isinstance(v, str)}
+        if named := values & families.FAMILIES.keys():
+            of_test.setdefault(item.nodeid.partition("[")[0], []).append((item, named))
+    for found in of_test.values():
+        if any(named & {*families.QUICK} for _, named in found):
+            for item, named in found:
+                if not named & {*families.QUICK}:
+                    item.add_marker(pytest.mark.slow)
 
 
 # A skip without an expiry condition fails the session ----------------------------------------------------------------

@@ -85,8 +85,8 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(options=_LLAMA),
 }  # fmt: skip
 
-CORE = ("llama", "gemma2", "phi3", "gpt2", "falcon", "bloom", "mixtral", "mamba", "bert", "t5", "vit")
-"""What differs most: norms, fused and shared projections, attention with a bias, experts, a scan, an encoder, pictures."""
+QUICK = ("llama", "gpt2", "mixtral")
+"""A test that is for several families, one of these among them, is slow for all others (``tests/conftest.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

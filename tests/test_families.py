@@ -17,7 +17,7 @@ import aqnfx
 from aqnfx.errors import AqnfxError
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import get_tag, is_float
-from tests.families import CORE, FAMILIES, build, build_from, depth, inputs
+from tests.families import FAMILIES, build, build_from, depth, inputs
 
 pytestmark = pytest.mark.usefixtures("own_exports")
 
@@ -56,10 +56,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def of_families(names: Iterable[str]) -> Any:
-    """A test of each of the families; of others than the core it is slow."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in names]
-    )
+    """A test of each of the families."""
+    return pytest.mark.parametrize("name", list(names))
 
 
 every_family = of_families(FAMILIES)
@@ -237,7 +235,7 @@ _UNTRACEABLE_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch.export says why, in a warning
-@pytest.mark.parametrize("name", UNTRACEABLE)
+@pytest.mark.parametrize("name", ["longformer", pytest.param("recurrent_gemma", marks=pytest.mark.slow)])
 def test_untraceable_families(name):
     """Fails when a family starts to work: move it to FAMILIES then."""
     options, auto = _UNTRACEABLE_OPTIONS[name]

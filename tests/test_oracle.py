@@ -53,7 +53,7 @@ def p_values(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np
     return p, float(stats.chi2.sf((z**2).sum(), len(z))), float(2 * stats.norm.sf(abs(z.sum()) / np.sqrt(len(z))))
 
 
-@pytest.mark.parametrize("name", ["babyllama", "stories260k"])
+@pytest.mark.parametrize("name", [pytest.param("babyllama", marks=pytest.mark.slow), "stories260k"])
 def test_measured_kl_is_that_of_a_forward_hook(name: str, shared_models: Path) -> None:
     directory, text = str(shared_models / name), shared_models.parent / "data" / "tiny_stories.txt"
     options = Options(

@@ -197,6 +197,8 @@ def recorded_identity(path: Path) -> dict[str, Any]:
     """Return the identity that the journal at ``path`` was begun with, empty where there is no intact one."""
     try:
         with open(path, "rb", opener=_open_at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return {}
             return _checked(stream.readline(MOST_BYTES), _Header).identity.model_dump(exclude_unset=True)
     except (OSError, ValueError):
         return {}

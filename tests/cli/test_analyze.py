@@ -23,6 +23,7 @@ def mapped(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_report(smap, tmp_path_factory.mktemp("map"))["map"]
 
 
+@pytest.mark.slow
 def test_the_structure_alone(aqnfx: Aqnfx, place: Place):
     ended = aqnfx("analyze", place.model, "--tokens", 16, "--batch", 2)
     assert ended.code == 0, ended.err

@@ -59,6 +59,7 @@ def test_diagnose_questions(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
     assert record["windows"] == []
 
 
+@pytest.mark.slow
 def test_a_configuration_is_the_flags_and_flags_go_first(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -31,6 +31,7 @@ def test_it_says_what_a_run_would_do_and_writes_nothing(aqnfx: Aqnfx, place: Pla
     assert sum(cost["shares"].values()) <= 1.0
 
 
+@pytest.mark.slow
 def test_with_predictions_it_is_a_bound(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
     options = [*place.quick[:-1], "both", "--draws", 2]
     found = json.loads(aqnfx("diagnose", place.model, *options, "--dry-run", "--json").out)

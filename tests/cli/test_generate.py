@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Aqnfx, Place
 from tests.cli.tiny import save_answers, save_model
 
 
+@pytest.mark.slow
 def test_generated_answers_are_measured(aqnfx: Aqnfx, place: Place, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     data = save_answers(model, tmp_path / "data.jsonl", ("One dog?", "A red barn?", "Two", "Why"), 4)

@@ -39,9 +39,8 @@ def saved(out: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_and_resume(aqnfx: Aqnfx, place: Place, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     command = options(place, out)

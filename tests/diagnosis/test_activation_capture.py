@@ -160,6 +160,7 @@ def test_a_pattern_that_matches_nothing(llama, pattern, message):
             ActivationCapture(llama, patterns).register_hooks()
 
 
+@pytest.mark.slow
 def test_layers_of_several_stacks():
     program = aqnfx.trace(build("t5"))
     counts = [ActivationCapture(program, [p]).register_hooks() for p in ("encoder.block:1", "decoder.block:1", "1")]

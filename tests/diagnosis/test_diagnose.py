@@ -42,6 +42,7 @@ def scores(smap: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_way_in_gives_the_same_map(directory: Path, record: dict[str, Any], tmp_path: Path) -> None:
     module: Any = aqnfx.graph.loading.load_model(str(directory))
     program = aqnfx.trace(module)
@@ -57,6 +58,7 @@ def test_scores_do_not_depend_on_the_batch_size(directory: Path) -> None:
     np.testing.assert_allclose(small.scores["kl"], large.scores["kl"], rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_samples_of_like_length_are_run_together_and_nothing_else_changes(directory: Path, tmp_path: Path) -> None:
     ragged = [" ".join(text.split()[: 3 + 2 * i]) for i, text in enumerate(TEXT)]
     options = QUICK | {"pack": False, "batch_size": 1}
@@ -109,6 +111,7 @@ def test_predictions_of_an_interrupted_run_are_those_of_its_samples(directory: P
     assert one["kl"] == pytest.approx(kl.sum() / part.tokens.sum())
 
 
+@pytest.mark.slow
 def test_precision_of_a_loaded_model(directory: Path) -> None:
     found = run(directory, TEXT, Options(**{**QUICK, "method": "both", "dtype": "bfloat16"}))
     assert found.provenance["dtype"] == "bfloat16"
@@ -151,6 +154,7 @@ def test_status_progress_and_provenance(directory: Path) -> None:
     assert len(facts["model"]["digest"]) == 64
 
 
+@pytest.mark.slow
 def test_a_journal_belongs_to_its_model_data_and_options(
     directory: Path, record: dict[str, Any], tmp_path: Path
 ) -> None:

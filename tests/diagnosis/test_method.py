@@ -231,6 +231,7 @@ def test_few_noisy_samples_settle_nothing(both: Measurements) -> None:
     assert found["0.1"]["unsettled"]
 
 
+@pytest.mark.slow
 def test_predict_measures_little_and_still_checks(directory: Path) -> None:
     found = run(directory, TEXT, Options(**QUICK | {"method": "predict"}))
     assert len(found.probes) < 12
@@ -251,6 +252,7 @@ def test_classical_metrics_are_in_map_and_report(directory: Path, tmp_path: Path
     assert "Predictions against measurements" in text
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_no_prediction(directory: Path, both: Measurements) -> None:
     other = run(directory, TEXT * 2, Options(**QUICK | {"batch_size": 1, "method": "predict"}))
     assert other.predictions is not None

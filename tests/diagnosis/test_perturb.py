@@ -45,6 +45,7 @@ def smap(found: Measurements) -> aqnfx.SensitivityMap:
     return interpret(found)
 
 
+@pytest.mark.slow
 def test_a_format_is_not_random_and_its_level_is_one(smap: aqnfx.SensitivityMap) -> None:
     noise = smap.noise
     assert (noise["kind"], noise["levels"], noise["seeds"], smap.format) == ("mxfp4", [1.0], [0], "mxfp4")
@@ -91,6 +92,7 @@ def test_predictions_hold_interactions_included(found: Measurements, smap: aqnfx
     assert max(abs(ratio - 1.0) for ratio in ratios) > 0.01
 
 
+@pytest.mark.slow
 def test_what_is_stored_twice_is_one_error(directory: Path) -> None:
     """A norm's output and the inputs that read it are one value: stored once, whatever selects it."""
     found = {}
@@ -165,6 +167,7 @@ def test_single_roles_and_levels(directory: Path) -> None:
     assert smap.sqnr == {}  # nothing was predicted, so no statistics of values were read
 
 
+@pytest.mark.slow
 def test_checkpoints_and_traces_go_with_formats(directory: Path) -> None:
     options: dict[str, Any] = {**QUICK, "ops": "linear", "roles": "weight,input", "method": "predict", "probes": ("layer",)}
     plain = run(directory, TEXT * 2, Options(**options))

@@ -28,6 +28,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("gpt2"), "gpt2", n_layer=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["pt2", "python"])
 def test_graphs_run_where_only_the_named_modules_are_imported(gpt2: Case, target: str) -> None:
     """With operations of several files: formats, counters of accumulation, and what watches values."""
@@ -46,6 +47,7 @@ def test_graphs_that_lack_an_operator_are_refused(gpt2: Case, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_head_whose_bias_is_tied_is_stored_whole(tmp_path: Path) -> None:
     """RoBERTa ties the bias of its head by the flag that ties the weight; both names are in the file then."""
     case = Case(tmp_path / "roberta", "roberta", num_hidden_layers=1)
@@ -54,12 +56,14 @@ def test_a_head_whose_bias_is_tied_is_stored_whole(tmp_path: Path) -> None:
     assert any("stored apart" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_head_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
     case = Case(tmp_path / "t5", "t5", num_layers=1, num_decoder_layers=1)
     with pytest.raises(InputError, match=r"ties lm_head of T5\w+ to the embedding whatever a file says; leave lm_head out"):
         export_torchao(case.job({"lm_head": {"weight": "int8:row"}}), case.new(), check=False)
 
 
+@pytest.mark.slow
 def test_onnxruntime_reads_it_and_its_default_session_has_a_note(gpt2: Case) -> None:
     """Rows in int8 of a tied head, which the default session multiplies by inputs in 8 bits."""
     found = export_onnx(gpt2.job({"lm_head": {"weight": "int8:row"}}), gpt2.new())

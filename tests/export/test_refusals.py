@@ -116,6 +116,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
         encode(torch.tensor([[1.0, float("nan")]]), parse_format("int8:row"))
 
 
+@pytest.mark.slow
 def test_the_command_line(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -203,6 +203,7 @@ def test_sites_are_those_of_a_second_export(family: str, monkeypatch: pytest.Mon
         assert torch.equal(quick(**arguments).logits, slow(**arguments).logits)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_program_are_those_of_the_model() -> None:
     """A second export would turn reshapes into views that only hold for the strides that values have without gradients."""
     model, arguments = build("t5", **depth("t5", 1)), inputs("t5", 2, 9)

@@ -255,10 +255,10 @@ class Capped(nn.Module):
 @pytest.mark.parametrize(
     "spec",
     [
-        'insert-noise{where="ops:all"}',
+        pytest.param('insert-noise{where="ops:all"}', marks=pytest.mark.slow),
         f'insert-fake-quant{{where="ops:all,roles:{EVERY}" format=mxfp4}}',
         f'insert-noise{{where="ops:all"}},insert-fake-quant{{where="ops:all,roles:{"|".join(OPERANDS)}" controls=true}}',
-        f'insert-noise{{where="ops:all,roles:{EVERY}"}}',
+        pytest.param(f'insert-noise{{where="ops:all,roles:{EVERY}"}}', marks=pytest.mark.slow),
     ],
     ids=["noise", "fake-quant", "both", "noise-everywhere"],
 )
@@ -360,6 +360,7 @@ def test_passes_that_take_outputs_only_say_so():
         Pipeline.parse('insert-accumulation{where="modules:inp|head,roles:weight|output"}')(stack(1))
 
 
+@pytest.mark.slow
 def test_ids_stay_under_several_insertions_at_one_site():
     tagged = Pipeline.parse("tag-layers,decompose-attention,tag-ops")(aqnfx.trace(build("qwen2")))
     where = 'where="ops:extended,roles:auto"'
@@ -381,6 +382,7 @@ class Rewritten(torch.nn.Module):
         return found.softmax(-1) @ x
 
 
+@pytest.mark.slow
 def test_many_updates_in_place_take_linear_time():
     """With a way through every path this would not end: 2²⁹ paths."""
     program = aqnfx.trace(Rewritten().eval(), inputs=((torch.ones(2, 32, 32),), {}))

@@ -39,6 +39,7 @@ def test_a_model_with_hooks_is_traced_as_one_without(name: str) -> None:
         assert torch.equal(spread(**given).logits, plain(**given).logits)
 
 
+@pytest.mark.slow
 def test_a_spread_model_gives_the_same_map(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hooked(name: str, *, device: str, **options: Any) -> Any:
         model: Any = load_model(name, device=device, **options)

@@ -60,7 +60,9 @@ def noisy(program: aqnfx.Program, sites: list[str]) -> Any:
         return program(**inputs(FAMILY, 2, 7)).logits
 
 
-@pytest.mark.parametrize("wrap", [whole, parts, merged, adapted])
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(whole, marks=pytest.mark.slow), parts, pytest.param(merged, marks=pytest.mark.slow), adapted]
+)
 def test_traced(wrap: Callable[[Any], Any], bare: nn.Module, program: aqnfx.Program) -> None:
     wrapped = wrap(copy.deepcopy(bare))
     found = Pipeline.parse(NOISE)(aqnfx.trace(wrapped))

@@ -45,6 +45,7 @@ def test_what_follows_the_end_is_no_answer() -> None:
     assert until([5, 6], {2}) == [5, 6]
 
 
+@pytest.mark.slow
 def test_generated_answers_are_those_of_the_model_one_by_one(made: tuple[Path, Path]) -> None:
     directory, data = made
     found = run(str(directory), data, Options(**CHOSEN))
@@ -59,6 +60,7 @@ def test_generated_answers_are_those_of_the_model_one_by_one(made: tuple[Path, P
     assert (found.scores["kl"] > 0.0).all()
 
 
+@pytest.mark.slow
 def test_noise_is_of_the_sample_and_the_seed(made: tuple[Path, Path]) -> None:
     directory, data = made
     options = Options(**CHOSEN)

@@ -191,6 +191,7 @@ def test_many_models_of_a_class_can_be_instrumented_one_after_the_other() -> Non
             assert len(handle.backend.graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_is_dropped_is_gone() -> None:
     model = Tiny()
     handle = instrument(model, inner="eager")

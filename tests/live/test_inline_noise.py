@@ -79,6 +79,7 @@ def of_all_kinds(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(value for kind in NoiseKind for value in sites(*given, kind))  # type: ignore[call-arg,misc]
 
 
+@pytest.mark.slow
 def test_every_kind_is_what_the_operator_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, given = rewritten(monkeypatch), arguments()
 

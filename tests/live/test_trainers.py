@@ -108,6 +108,7 @@ def test_trainers_of_trl(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.filterwarnings("default", "ignore:.*will be removed in v6:FutureWarning")
+@pytest.mark.slow
 def test_adapters_of_peft_are_sites() -> None:
     from peft import LoraConfig, get_peft_model
 

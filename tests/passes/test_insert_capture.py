@@ -148,6 +148,7 @@ def test_a_program_without_a_mask():
     assert totals[COUNT] == 14
 
 
+@pytest.mark.slow
 def test_a_mask_of_another_input_is_not_taken():
     """The decoder's values have sizes of their own: the encoder's mask does not describe them."""
     program = Pipeline.parse(f"{TAGS},insert-capture{{where=ops:linear}}")(aqnfx.trace(build("t5")))
@@ -215,6 +216,7 @@ def test_twice_is_refused():
         Pipeline.parse('insert-capture,insert-capture{where="ops:softmax"}')(stack())
 
 
+@pytest.mark.slow
 def test_after_lowering_it_is_refused():
     with pytest.raises(PassError, match="lower-ops has run; insert before lowering"):
         Pipeline.parse("insert-noise,lower-ops,insert-capture")(stack())

@@ -521,7 +521,7 @@ def test_what_may_be_inserted_again():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["int8:asym", "mxfp4"])
+@pytest.mark.parametrize("form", [pytest.param("int8:asym", marks=pytest.mark.slow), "mxfp4"])
 def test_lowered_programs_give_the_same_numbers_at_every_length(form):
     given = torch.randn(3, 32, WIDTH)  # traced where a block of 32 positions is full
     auto = torch.export.Dim.AUTO

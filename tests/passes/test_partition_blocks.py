@@ -11,7 +11,7 @@ from aqnfx.graph.blocks import cut, number_blocks
 from aqnfx.graph.program import Program
 from aqnfx.graph.tags import attribute, get_tag
 from aqnfx.passes.pipeline import Pipeline
-from tests.families import CORE, FAMILIES, build, depth, inputs
+from tests.families import FAMILIES, build, depth, inputs
 from tests.graph.small import Stack, traced
 from tests.passes.checks import check_pass, values
 from tests.probes.test_replay import FAMILIES as REPLAYED  # whose blocks are run there
@@ -43,7 +43,7 @@ def test_it_needs_layers():
 OTHERS = sorted(set(FAMILIES) - set(REPLAYED))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in CORE else pytest.mark.slow) for n in OTHERS])
+@pytest.mark.parametrize("name", OTHERS)
 def test_blocks_in_a_row_compute_what_the_graph_computes(name):
     """Every block, called with the graph's own values, returns the graph's own values: with noise nodes and without."""
     program = blocks_of(name)

@@ -124,6 +124,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory):
     return ready, batches, options, score_options(ready.program, problem, batches, options)
 
 
+@pytest.mark.slow
 def test_what_was_measured_takes_the_place_of_the_prediction(scored) -> None:
     ready, batches, options, before = scored
     after = check_options(Evaluator.of(ready.program, batches), before, options)
@@ -185,6 +186,7 @@ def test_a_ceiling_of_kl_and_fused_groups_are_checked_too(scored, tmp_path: Path
     assert len(check_options(Evaluator.of(ready.program, batches), grouped, fused).checks) == SINGLES
 
 
+@pytest.mark.slow
 def test_experts_are_checked_as_others_are(tmp_path: Path) -> None:
     """A batch takes the place of a sample in their sketch; what is measured is the model all the same."""
     directory = save_model(tmp_path / "mixtral", "mixtral")

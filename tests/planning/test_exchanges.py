@@ -80,6 +80,7 @@ def test_a_plan_that_measures_worse_is_not_taken() -> None:
     assert evaluator.calls == [5, 1]
 
 
+@pytest.mark.slow
 def test_switches_are_run_from_the_plan_bit_for_bit(ready: Any) -> None:
     problem = make_problem(ready.program, OPTIONS)
     batches = batches_of(ready, OPTIONS, 0, 4)

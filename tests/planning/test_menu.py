@@ -71,6 +71,7 @@ def test_a_transposed_weight_weighs_the_same() -> None:
         assert part.bits(Choice(text=name, weight=name)) == expected
 
 
+@pytest.mark.slow
 def test_experts_by_the_share_that_a_token_uses() -> None:
     weights, _ = parts_of("mixtral", active=True)
     stacked = [p for p in weights.values() if len(p.shape) == 3]

@@ -122,6 +122,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "qwen2")
 
 
+@pytest.mark.slow
 def test_adaptive_runs_do_less_and_say_so(directory: Path) -> None:
     whole = run(directory, TEXT * 20, Options(**QUICK))
     some = run(directory, TEXT * 20, Options(**QUICK, adaptive=True))

@@ -73,6 +73,7 @@ class Setup:
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_threads_give_what_one_process_gives(directory: Path, alone: Measurements) -> None:
     setup, seen = Setup(directory), []
 
@@ -124,6 +125,7 @@ def test_an_interruption_keeps_what_threads_have_finished(directory: Path) -> No
     assert found.samples == 3
 
 
+@pytest.mark.slow
 def test_workers_can_be_made_twice_from_a_module(directory: Path, alone: Measurements) -> None:
     from aqnfx.graph.loading import load_model
     from aqnfx.probes.data.samples import load_tokenizer
@@ -138,6 +140,7 @@ def test_workers_can_be_made_twice_from_a_module(directory: Path, alone: Measure
     assert same(found, alone)
 
 
+@pytest.mark.slow
 def test_choices_that_cannot_work_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="executor 'cluster' is not one of process, devices, ray, ray://HOST:PORT"):
         Options(executor="cluster")

@@ -213,6 +213,7 @@ def test_bias_noise_is_a_fixed_perturbation(net, tagged, monkeypatch):
     np.testing.assert_allclose(found.kl(SITES, 0.2), 0.2**2 * exact(net, batch, [(first, second)]).numpy(), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_random_draws_come_within_one_percent(net, tagged):
     batch = points()
     found = run(scored(tagged, samples=4, draws=6000), [batch], draws=6000)
@@ -236,6 +237,7 @@ def test_projections_have_the_covariance_of_the_fisher_matrix():
     assert float(cross.abs().max()) < 0.02
 
 
+@pytest.mark.slow
 def test_gaussian_outputs_cost_half_the_squared_change(net, tagged):
     batch = points()
     found = run(scored(tagged, samples=4, draws=6000), [batch], draws=6000, output="gaussian")

@@ -201,6 +201,7 @@ def test_a_weight_of_either_layout_has_the_same_cost(monkeypatch):
     assert costs[0].min() > 0
 
 
+@pytest.mark.slow
 def test_a_weight_of_no_sample_is_spread_over_its_batch_and_keeps_its_interactions():
     from aqnfx.probes.data.batches import Batch
 

@@ -22,7 +22,7 @@ from aqnfx.probes.measurements import Probe
 from aqnfx.probes.probe_sets import plan_probes
 from aqnfx.probes.replay import BlockReplay, Engine, WholeGraph
 from tests.cli.tiny import encoded
-from tests.families import CORE, build
+from tests.families import build
 from tests.graph.small import Stack, traced
 
 PREPARE = 'tag-layers,decompose-attention,tag-ops,insert-noise{where="ops:extended"},partition-blocks'
@@ -47,7 +47,7 @@ def switched(program: Program, sites: tuple[str, ...], level: float) -> None:
         program.controls.set_level(site, level)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in CORE else pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_replayed_runs_equal_whole_runs_bit_for_bit(name: str) -> None:
     program, rng = prepared(name), random.Random(0)
     sites = list(program.controls.sites)
@@ -130,6 +130,7 @@ def test_kept_values_on_the_host(llama: Program) -> None:
     assert near.held <= far.held  # a broadcast mask is written out
 
 
+@pytest.mark.slow
 def test_measurements_are_the_same(llama: Program) -> None:
     probes = plan_probes(llama, Selector.parse("ops:extended"), kinds=("operator", "layer", "window", "all"), window=2)
     plan = Sweep(probes=probes, levels=(0.1, 0.3), seeds=(0, 1), base_level=0.1, task="kl")

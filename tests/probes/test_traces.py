@@ -37,6 +37,7 @@ def loss(program: Program, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.double(), batch.input_ids[:, 1:][batch.score_mask])
 
 
+@pytest.mark.slow
 def test_hessian_traces_are_those_of_explicit_products(program, batches):
     draws = 150
     found = {t.name: t for t in hessian_traces(program, eager_forward(program), batches, draws=draws)}

@@ -31,6 +31,7 @@ def finished(model: Any) -> aqnfx.IntegratedDiagnostic:
     return diagnostic
 
 
+@pytest.mark.slow
 def test_it_is_diagnose(finished: aqnfx.IntegratedDiagnostic, model: Any) -> None:
     expected = aqnfx.diagnose(
         model, TEXT, levels=(0.1, 0.2, 0.3), base_level=0.2, window=2, tokenizer=tokenizer(), **OPTIONS
@@ -70,6 +71,7 @@ def test_there_is_no_report_before_a_run(model: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_channels_are_read_on_the_calibration_data(model: Any) -> None:
     options = OPTIONS | {"method": "both"}
     diagnostic = aqnfx.IntegratedDiagnostic(model, TEXT, calibration_data=["a cat"] * 4, tokenizer=tokenizer(), **options)
