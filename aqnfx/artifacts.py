@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import reprlib
 import secrets
 import stat
 import threading
@@ -15,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aqnfx.errors import ArtifactError, InputError
+from aqnfx.errors import ArtifactError, InputError, printable
 
 
 class Schema(StrEnum):
@@ -153,10 +155,8 @@ def read_json(path: str | os.PathLike[str], *, schema: str | None = None) -> dic
         raise ArtifactError(f"{path}: truncated or not JSON ({_short(error)}); write it again") from error
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: expected a JSON object, found {type(record).__name__}")
-    found = record.get("schema")
-    if schema is not None and found != schema:
-        what = f"found {found!r}" if "schema" in record else "the file names no schema"
-        raise ArtifactError(f"{path}: expected schema {str(schema)!r}, {what}")
+    if schema is not None:
+        check_schema(record, schema, str(path))
     return record
 
 
@@ -169,22 +169,32 @@ def validate(kind: Any, value: Any, where: str) -> Any:
 
     try:
         return TypeAdapter(kind).validate_python(value)
-    except (ValidationError, RecursionError) as error:
-        if not isinstance(error, ValidationError):
-            raise ArtifactError(f"{where}: it is nested too deeply") from error
-        details = error.errors(include_url=False, include_context=False)
-        place = ".".join(str(part)[:80] for part in details[0]["loc"] if not str(part).startswith("_"))
-        message = details[0]["msg"].removeprefix("Value error, ")
-        found = f", found {_short_value(details[0]['input'])}" if details[0]["type"] not in ("missing", "value_error") else ""
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        # Of a union, the models that are tried are named in the place too: private classes of this project.
+        place = ".".join(printable(str(part)[:80]) for part in first["loc"] if not re.fullmatch(r"_[A-Z]\w*", str(part)))
+        message = printable(first["msg"].removeprefix("Value error, ")[:200])
+        found = f", found {_found(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ArtifactError(f"{where}: {place + ': ' if place else ''}{message}{found}{more}") from error
 
 
-def _short_value(value: Any) -> str:
+def check_schema(record: Any, schema: str, where: str) -> None:
+    """Raise :class:`ArtifactError`, one line, for what is no JSON object of ``schema``."""
+    if not isinstance(record, Mapping):
+        raise ArtifactError(f"{where}: expected schema {str(schema)!r}, found {type(record).__name__}")
+    if (found := record.get("schema")) != schema:
+        what = f"found {_found(found)}" if "schema" in record else "the file names no schema"
+        raise ArtifactError(f"{where}: expected schema {str(schema)!r}, {what}")
+
+
+def _found(value: Any) -> str:
+    """Return a value as a message shows it, long ones by their beginning."""
     try:
-        return repr(value)[:60]
-    except (ValueError, RecursionError):  # an integer of more digits than Python writes
-        return f"a {type(value).__name__} that is too large to show"
+        text = reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return printable(text if len(text) <= 80 else text[:79] + "…")
 
 
 def read_text(path: str | os.PathLike[str], *, kind: str = "text", most: int = MOST_BYTES) -> str:

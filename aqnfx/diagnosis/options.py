@@ -15,7 +15,7 @@ from aqnfx.numerics.noise import NoiseKind
 from aqnfx.numerics.perturbations import Perturbation, perturbation
 from aqnfx.probes.measurements import ProbeKind
 from aqnfx.probes.probe_sets import PROBE_KINDS
-from aqnfx.probes.settings import RunSettings, byte_count, check_count, duration, name_list, one_of
+from aqnfx.probes.settings import RunSettings, byte_count, check_count, check_seed, duration, name_list, one_of
 from aqnfx.probes.tasks import TASKS
 from aqnfx.probes.traces import METRICS
 
@@ -55,6 +55,7 @@ class Options(RunSettings):
     window: int | None = None
     step: int = 1
     seeds: int = cast(Any, None)
+    seed: int = 0
     ops: str = "extended"
     layers: str | None = None
     task: str | None = None
@@ -79,6 +80,7 @@ class Options(RunSettings):
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
+        check_seed(self.seed)
         one_of("noise", str(self.noise), [str(kind) for kind in NoiseKind])
         if self.perturb is not None:
             self._set("perturb", parse_format(str(self.perturb)).name)

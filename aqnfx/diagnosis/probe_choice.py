@@ -44,10 +44,12 @@ def prepare_probes(
     """Load, encode, trace and tag, and say what to probe; raises subclasses of :class:`~aqnfx.errors.AqnfxError`."""
     # A run that stops early looks at its first batches: they must be like all others.
     in_order = options.adaptive or options.budget is not None
+    asked: list[tuple[tuple[Probe, ...], tuple[str, ...]]] = []
     ready = prepare(
-        model, data, options, where=options.where, task=options.task, in_order=in_order, tokenizer=tokenizer, tell=tell
-    )
-    probes, notes = asked_probes(ready.program, options)
+        model, data, options, where=options.where, task=options.task, in_order=in_order, tokenizer=tokenizer, tell=tell,
+        check=lambda program: asked.append(asked_probes(program, options)),
+    )  # fmt: skip
+    ((probes, notes),) = asked
     kept = {field.name: getattr(ready, field.name) for field in dataclasses.fields(ready)}
     return PreparedProbes(**kept | {"probes": probes, "notes": (*ready.notes, *notes)})
 

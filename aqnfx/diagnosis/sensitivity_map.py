@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from aqnfx.artifacts import Schema, jsonable, validate
+from aqnfx.artifacts import Schema, check_schema, jsonable, validate
 from aqnfx.errors import ArtifactError
 from aqnfx.numerics.perturbations import Perturbation, perturbation
 
@@ -267,13 +267,15 @@ class SensitivityMap:
         Raises :class:`ArtifactError`, one line, when the schema is another one, a required key is missing or a value
         has the wrong type.
         """
-        found = record.get("schema") if isinstance(record, Mapping) else None
-        if found != Schema.SENSITIVITY:
-            raise ArtifactError(f"sensitivity map: expected schema {Schema.SENSITIVITY.value!r}, found {found!r}")
+        check_schema(record, Schema.SENSITIVITY, "sensitivity map")
         validate(_checker(), dict(record), "sensitivity map")
         known = {item.name for item in fields(cls)} - {"extra"}
-        values = {key: copy.deepcopy(value) for key, value in record.items() if key in known}
-        extra = {key: copy.deepcopy(value) for key, value in record.items() if key not in known and key != "schema"}
+        try:
+            own = copy.deepcopy(dict(record))
+        except RecursionError as error:
+            raise ArtifactError("sensitivity map: it is nested too deeply") from error
+        values = {key: value for key, value in own.items() if key in known}
+        extra = {key: value for key, value in own.items() if key not in known and key != "schema"}
         return cls(**values, extra=extra)
 
 

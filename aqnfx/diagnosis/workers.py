@@ -28,7 +28,8 @@ from aqnfx.probes.work import Sweep, Worker
 class Recipe:
     """How a worker for a sweep is made, in this process or another: picklable where ``source`` is.
 
-    ``source`` is a directory, a name or a module; ``ready`` what :func:`prepare` made here, of which the samples are used.
+    ``source`` is a directory, a name or a module; ``ready`` what :func:`~aqnfx.diagnosis.probe_choice.prepare_probes` made
+    here, of which the samples are used.
     """
 
     source: nn.Module | str

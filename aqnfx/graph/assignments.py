@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StrictStr
 
 from aqnfx.artifacts import Schema, read_json, validate
-from aqnfx.errors import InputError, nearest
+from aqnfx.errors import AqnfxError, InputError, nearest
 from aqnfx.graph.operands import Place, origin
 from aqnfx.graph.program import Program
 from aqnfx.graph.sites import Role
@@ -41,8 +41,15 @@ class Assignment:
 
 
 def read_assignments(path: str | Path) -> dict[str, Assignment]:
-    """Return module -> assignment of a plan file; raises :class:`ArtifactError` for any other file, in one line."""
-    return parse_assignments(read_json(path, schema=Schema.PLAN).get("assignments"), str(path))
+    """Return module -> assignment of a plan file.
+
+    Raises :class:`InputError` for one that cannot be read, :class:`ArtifactError` for any other file, each in one line.
+    """
+    try:
+        record = read_json(path, schema=Schema.PLAN)
+    except AqnfxError as error:
+        raise type(error)(f"{error}; make a plan by aqnfx plan MODEL --data FILE --out plan.json") from error
+    return parse_assignments(record.get("assignments"), str(path))
 
 
 def parse_assignments(found: Any, where: str) -> dict[str, Assignment]:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, Field, StrictStr
 
 from aqnfx.artifacts import validate
 from aqnfx.errors import InputError, nearest
 from aqnfx.numerics.formats import parse_format
 from aqnfx.planning.menu import PARTIAL, Choice, Partial, parse_cache_menu, parse_choice, parse_menu
-from aqnfx.probes.settings import RunSettings, byte_count, check_count, one_of
+from aqnfx.probes.settings import RunSettings, byte_count, check_count, check_seed, one_of
 
 COUPLE = ("none", "fused")
 RULES = ("optimal", "threshold")
@@ -26,7 +26,7 @@ THRESHOLDS = (0.15, 0.05)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions(RunSettings):
-    """What to plan; the command line's flags of the same names.
+    """What to plan, beside the settings of every run; the command line's flags of the same names.
 
     ``formats``: the menu for weights, or weights / inputs (:func:`~aqnfx.planning.menu.parse_menu`), None: that of the rule;
     ``kv_formats`` that for keys and values, None leaves them. ``rule`` "optimal" takes exactly one goal: ``avg_bits`` per
@@ -38,7 +38,7 @@ class PlanOptions(RunSettings):
     question; ``floor``: layers ("0", "decoder.layers:2") -> least bits per weight without scales. ``couple`` "fused": weights
     that runtimes multiply together get one choice. ``partial``: blocks that do not divide ("refuse", "pad", "drop").
     ``active_experts`` counts experts by the share that a token uses. ``latency_table``: module or "*" -> choice -> seconds.
-    ``samples`` choose, ``eval_samples`` others judge.
+    ``samples`` (32) choose, ``eval_samples`` others judge, ``batch_size`` (8) of them at a time.
     Raises :class:`InputError` for values that cannot be meant.
     """
 
@@ -65,10 +65,12 @@ class PlanOptions(RunSettings):
     draws: int = 4
     samples: int = 32
     eval_samples: int = 64
+    seed: int = 0
     batch_size: int = 8
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
+        check_seed(self.seed)
         if self.rule not in RULES:
             raise InputError(f"rule {self.rule!r} is not one of {', '.join(RULES)}{nearest(str(self.rule), RULES)}")
         if isinstance(self.modules, str) or not all(isinstance(name, str) for name in self.modules):
@@ -162,8 +164,17 @@ def parse_pairs(texts: Sequence[str], what: str) -> dict[str, str]:
 def parse_latency(record: Any, where: str) -> dict[str, dict[str, float]]:
     """Return module (or "*") -> choice -> seconds of a latency table's JSON; :class:`ArtifactError` names what is wrong."""
     checked = validate(_Latencies, record, f"{where}: latency table (module or '*' -> choice -> seconds)")
-    return {module: {parse_choice(choice).text: float(value) for choice, value in row.items()} for module, row in checked.items()}
+    return {module: dict(row) for module, row in checked.items()}
 
 
-_Seconds = Annotated[StrictInt | StrictFloat, Field(ge=0, lt=1e18)]
-_Latencies = Annotated[dict[StrictStr, dict[StrictStr, _Seconds]], Field(min_length=1)]
+def _choice_name(text: str) -> str:
+    try:
+        return parse_choice(text).text
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+_Seconds = Annotated[float, Field(strict=True, ge=0, lt=1e18)]
+_Latencies = Annotated[
+    dict[StrictStr, dict[Annotated[StrictStr, AfterValidator(_choice_name)], _Seconds]], Field(min_length=1)
+]

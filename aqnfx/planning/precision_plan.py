@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from aqnfx.artifacts import Schema, validate
-from aqnfx.errors import ArtifactError, InputError
+from aqnfx.artifacts import Schema, check_schema, validate
+from aqnfx.errors import InputError
 from aqnfx.graph.assignments import Assignment, parse_assignments
 from aqnfx.graph.frontend import model_digest
 from aqnfx.graph.program import Program
@@ -60,8 +60,7 @@ class PrecisionPlan:
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "the plan") -> PrecisionPlan:
         """Return the plan of a record; raises :class:`ArtifactError` in one line for one that is none, or was changed."""
-        if record.get("schema") != Schema.PLAN:
-            raise ArtifactError(f"{where}: expected schema {Schema.PLAN.value!r}, found {record.get('schema')!r}")
+        check_schema(record, Schema.PLAN, where)
         validate(_checker(), dict(record), where)
         given = {item.name: record[item.name] for item in fields(cls) if item.name in record}
         return cls(**given | {"assignments": parse_assignments(given["assignments"], where)})

@@ -16,6 +16,7 @@ from aqnfx.graph.controls import device_of
 from aqnfx.graph.lengths import serves, trace_for
 from aqnfx.graph.loading import SPREAD, load_model
 from aqnfx.graph.program import Program
+from aqnfx.graph.selector import Selector
 from aqnfx.graph.wrappers import unwrap
 from aqnfx.passes.decompose_attention import DecomposeAttention
 from aqnfx.passes.pipeline import Pipeline
@@ -26,6 +27,7 @@ from aqnfx.probes.data.examples import Data
 from aqnfx.probes.data.limits import check_tokens, padding, positions, vocabulary
 from aqnfx.probes.data.samples import load_samples, load_tokenizer
 from aqnfx.probes.forward import check_padding, is_causal
+from aqnfx.probes.probe_sets import selected
 from aqnfx.probes.settings import DEFAULT_MAX_LENGTH, RunSettings
 from aqnfx.probes.tasks import EXACT_MATCH, KL, TASKS, accuracy_like
 
@@ -66,12 +68,14 @@ class Prepared:
 
 def prepare(
     model: nn.Module | Program | str | Path, data: Data, settings: RunSettings, *, where: str, task: str | None = None,
-    in_order: bool = False, tokenizer: Any = None, tell: Callable[[str], None] = lambda _text: None,
+    in_order: bool = False, check: Callable[[Program], None] | None = None, tokenizer: Any = None,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> Prepared:
     """Load, encode, trace and tag for sites that the selector ``where`` names.
 
     ``task`` None: exact_match where the data has answers, else kl. Samples are put in an order of their lengths unless they
-    are to stay ``in_order``. Raises subclasses of :class:`~aqnfx.errors.AqnfxError` for bad input.
+    are to stay ``in_order``. ``check`` is called with the tagged program, before anything
+    runs. Raises subclasses of :class:`~aqnfx.errors.AqnfxError` for bad input.
     """
     _check_device(settings.device)
     tell("loading the model")
@@ -98,7 +102,9 @@ def prepare(
     lengths = {len(e.input_ids) for e in encoded}
     longest = max(lengths)
     tagged = tag(model if isinstance(model, Program) else trace_for(model, lengths), where)
-    tagged.select(where)  # what selects nothing is told before anything runs
+    selected(tagged, Selector.parse(where))
+    if check is not None:
+        check(tagged)
     more: tuple[str, ...] = ()
     fixed = None if serves(tagged, lengths) else longest
     tell("preparing")
@@ -153,7 +159,7 @@ def _check_device(device: str) -> None:
         return
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

@@ -32,12 +32,7 @@ def plan_probes(
     for kind in kinds:
         if kind not in PROBE_KINDS:
             raise InputError(f"unknown probe kind {kind!r}; known: {', '.join(PROBE_KINDS)}")
-    sites = program.select(selector)
-    if not sites:
-        known = sorted({str(site.op) for site in program.sites})
-        raise SelectorError(
-            f"{selector} matches none of {len(program.sites)} sites; operator kinds here: {', '.join(known)}"
-        )
+    sites = selected(program, selector)
     layers = _by_layer(program, sites)
     probes: list[Probe] = []
     if "operator" in kinds:
@@ -59,6 +54,14 @@ def plan_probes(
     if "all" in kinds:
         probes.append(Probe(kind="all", key="all", sites=tuple(s.id for s in sites)))
     return tuple(probes)
+
+
+def selected(program: Program, selector: Selector) -> tuple[Site, ...]:
+    """Return the sites that ``selector`` matches; raises :class:`SelectorError` when there is none."""
+    if sites := tuple(program.select(selector)):
+        return sites
+    known = sorted({str(site.op) for site in program.sites})
+    raise SelectorError(f"{selector} matches none of {len(program.sites)} sites; operator kinds here: {', '.join(known)}")
 
 
 def _label(program: Program, site: Site) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class RunSettings:
     model takes if that is less). ``text_field`` names the field of a record that holds its text; ``pack`` joins plain texts
     into samples of full length. ``device`` ("auto": layer by layer over all accelerators of this machine) and ``dtype``
     ("float32", "bfloat16", "float16") are where and in what a model that is loaded here runs; ``allow_missing``: names or
-    globs of tensors in which its checkpoint may differ from it. ``seed`` is the first seed. Raises :class:`InputError` for
+    globs of tensors in which its checkpoint may differ from it. Raises :class:`InputError` for
     values that cannot be meant.
     """
 
@@ -40,7 +40,6 @@ class RunSettings:
     pack: bool = True
     device: str = "cpu"
     dtype: str = "float32"
-    seed: int = 0
     allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,9 +47,12 @@ class RunSettings:
             check_count(name, getattr(self, name))
         if self.max_length is not None:
             check_count("max_length", self.max_length)
-        check_seed(self.seed)
         if not isinstance(self.pack, bool):
-            raise InputError(f"pack must be true or false, found {self.pack!r}")
+            raise InputError(f"pack must be true or false, found {shown(self.pack)}")
+        if not isinstance(self.device, str):
+            raise InputError(f"device must be a text such as cpu or cuda:0, found {shown(self.device)}")
+        if not (self.text_field is None or isinstance(self.text_field, str)):
+            raise InputError(f"text_field must be the name of a field, found {shown(self.text_field)}")
         one_of("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "allow_missing", name_list("allow_missing", self.allow_missing))
 
@@ -78,8 +80,15 @@ def check_seed(seed: Any) -> None:
     """Raise :class:`InputError` for what is no seed."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
         raise InputError(f"seed must be a whole number, found {shown(seed)}")
-    if not -MOST_SEED <= int(seed) <= MOST_SEED:
-        raise InputError(f"seed {shown(seed)} must be between -2^62 and 2^62")
+    if not 0 <= int(seed) <= MOST_SEED:
+        raise InputError(f"seed {shown(seed)} must be between 0 and 2^62")
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value).strip()[:80]
+    except ValueError:  # an integer of thousands of digits
+        return ""
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -87,9 +96,9 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def byte_count(name: str, value: str | int) -> int:
     """Return a number of bytes given as such or as a text with a unit; raises :class:`InputError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", _text(value))
     if isinstance(value, bool) or not match or match[2].upper() not in _UNITS:
-        raise InputError(f"{name} {value!r} is not a number of bytes; write for example 512MiB or 2GiB")
+        raise InputError(f"{name} {shown(value)} is not a number of bytes; write for example 512MiB or 2GiB")
     found = float(match[1]) * _UNITS[match[2].upper()]
     if found > MOST_BYTES:
         raise InputError(f"{name} {shown(value)} is more than any machine has; write for example 512MiB or 2GiB")
@@ -102,9 +111,9 @@ _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 def duration(name: str, value: str | float) -> float:
     """Return seconds given as a number or as a text with a unit; raises :class:`InputError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", _text(value))
     if isinstance(value, bool) or not match or match[2] not in _SECONDS or not float(match[1]) > 0:
-        raise InputError(f"{name} {value!r} is not a time; write for example 90s, 10m or 2h")
+        raise InputError(f"{name} {shown(value)} is not a time; write for example 90s, 10m or 2h")
     found = float(match[1]) * _SECONDS[match[2]]
     if found > MOST_SECONDS:
         raise InputError(f"{name} {shown(value)} is longer than a year; write for example 90s, 10m or 2h")
@@ -122,7 +131,8 @@ def name_list(name: str, values: str | int | Sequence[str | int]) -> tuple[str, 
     """Return the parts of ``"a,b"``, ``"a|b"`` or of a sequence of names or numbers."""
     if isinstance(values, str):
         return tuple(part.strip() for part in values.replace("|", ",").split(",") if part.strip())
-    values = [values] if isinstance(values, int) else values
-    if not isinstance(values, Iterable) or not all(isinstance(v, (str, numbers.Integral)) for v in values):
-        raise InputError(f"{name} must be a text or a sequence of names, found {values!r}")
-    return tuple(str(v) for v in values)
+    given = [values] if isinstance(values, int) else values
+    fits = isinstance(given, Iterable) and not isinstance(given, (bytes, bytearray))
+    if not fits or not all(isinstance(v, (str, numbers.Integral)) and not isinstance(v, bool) for v in given):
+        raise InputError(f"{name} must be a text or a sequence of names, found {shown(values)}")
+    return tuple(str(v) for v in given)

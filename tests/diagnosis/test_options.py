@@ -23,6 +23,12 @@ def test_python_values_and_texts_mean_the_same() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"seed": -1}, "seed -1 must be between 0 and 2"),
+        ({"device": 5}, "device must be a text such as cpu"),
+        ({"text_field": 5}, "text_field must be the name of a field"),
+        ({"allow_missing": True}, "allow_missing must be a text or a sequence of names, found True"),
+        ({"allow_missing": b"ab"}, "allow_missing must be a text or a sequence of names"),
+        ({"replay_memory": 10**5000}, "a number of thousands of digits is not a number of bytes"),
         ({"seeds": (1, 2)}, r"seeds must be a whole number, found \(1, 2\)"),
         ({"samples": 2.5}, "samples must be a whole number, found 2.5"),
         ({"window": 0}, "window 0 must be at least 1"),

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import aqnfx
-from aqnfx.errors import InputError
+from aqnfx.errors import ArtifactError, InputError
 from aqnfx.graph.sites import Role
 from aqnfx.planning.checks import check_options
 from aqnfx.planning.choose import choose
@@ -244,11 +244,11 @@ def test_tampered_plans_are_one_line(plain: PrecisionPlan, tagged: aqnfx.Program
     text = json.dumps(record)
     path.write_text(text[: len(text) // 2] if damage == "truncated" else text)
     if damage != "truncated":
-        with pytest.raises(InputError) as error:
+        with pytest.raises(ArtifactError) as error:
             PrecisionPlan.from_record(record, str(path))
         assert str(path) in str(error.value)
     if damage != "bits":  # the pass reads assignments alone
-        with pytest.raises(InputError) as error:
+        with pytest.raises(ArtifactError) as error:
             aqnfx.Pipeline.parse(f"apply-plan{{plan={path}}}")(tagged)
         assert "\n" not in str(error.value)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictStr
 
-from aqnfx.artifacts import Schema, validate
+from aqnfx.artifacts import Schema, check_schema, validate
 from aqnfx.diagnosis.sensitivity_map import SensitivityMap
-from aqnfx.errors import ArtifactError, InputError, nearest
+from aqnfx.errors import InputError, nearest
 from aqnfx.graph.program import Program
 
 SIGNIFICANT = (1e-1, 1e-2)
@@ -31,9 +30,7 @@ def parse_divergences(record: Any, where: str) -> dict[str, float]:
 
     Raises :class:`ArtifactError`, one line, for anything else.
     """
-    if not isinstance(record, Mapping) or record.get("schema") != Schema.DIVERGENCES:
-        found = record.get("schema") if isinstance(record, Mapping) else type(record).__name__
-        raise ArtifactError(f"{where}: expected schema {Schema.DIVERGENCES.value!r}, found {repr(found)[:80]}")
+    check_schema(record, Schema.DIVERGENCES, where)
     checked = validate(_Divergences, dict(record), where)
     return {name: float(value) for name, value in checked.sites.items()}
 
@@ -42,7 +39,7 @@ class _Divergences(BaseModel):
     """The record: site or module or layer -> relative error."""
 
     sites: Annotated[
-        dict[StrictStr, Annotated[StrictInt | StrictFloat, Field(ge=0, allow_inf_nan=False)]], Field(min_length=1)
+        dict[StrictStr, Annotated[float, Field(strict=True, ge=0, lt=1e18)]], Field(min_length=1)
     ]
 
 
