@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import secrets
 import stat
 import threading
@@ -17,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aqnfx.errors import ArtifactError, InputError, printable
+from aqnfx.errors import ArtifactError, InputError, brief, printable
 
 
 class Schema(StrEnum):
@@ -174,7 +173,7 @@ def validate(kind: Any, value: Any, where: str) -> Any:
         # Of a union, the models that are tried are named in the place too: private classes of this project.
         place = ".".join(printable(str(part)[:80]) for part in first["loc"] if not re.fullmatch(r"_[A-Z]\w*", str(part)))
         message = printable(first["msg"].removeprefix("Value error, ")[:200])
-        found = f", found {_found(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+        found = f", found {brief(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise ArtifactError(f"{where}: {place + ': ' if place else ''}{message}{found}{more}") from error
 
@@ -184,17 +183,8 @@ def check_schema(record: Any, schema: str, where: str) -> None:
     if not isinstance(record, Mapping):
         raise ArtifactError(f"{where}: expected schema {str(schema)!r}, found {type(record).__name__}")
     if (found := record.get("schema")) != schema:
-        what = f"found {_found(found)}" if "schema" in record else "the file names no schema"
+        what = f"found {brief(found)}" if "schema" in record else "the file names no schema"
         raise ArtifactError(f"{where}: expected schema {str(schema)!r}, {what}")
-
-
-def _found(value: Any) -> str:
-    """Return a value as a message shows it, long ones by their beginning."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return printable(text if len(text) <= 80 else text[:79] + "…")
 
 
 def read_text(path: str | os.PathLike[str], *, kind: str = "text", most: int = MOST_BYTES) -> str:

@@ -7,6 +7,7 @@ A message says what was asked, what was found, and what to try. The command line
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -70,6 +71,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x', 'y'?"`` for the known names closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 78
+
+
+def brief(value: object) -> str:
+    """Return a value as a message shows it, in one line of at most 80 characters: long ones by beginning and end."""
+    try:
+        text = _BRIEF.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return printable(text if len(text) <= 80 else text[:79] + "…")
 
 
 def printable(text: str) -> str:

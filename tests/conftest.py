@@ -88,11 +88,11 @@ def own_exports(shared_exports: Exports | None) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let Inductor write scalar code, but for slow tests: compiling vector instructions takes it most of a minute."""
+    """Let Inductor write scalar code but where a test is for vectors: compiling these takes it most of a minute."""
     if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "compiler"):
         from torch._inductor import config
 
-        config.cpp.simdlen = None if item.get_closest_marker("slow") else 1
+        config.cpp.simdlen = None if item.get_closest_marker("vectors") else 1
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m leaves tests out

@@ -235,7 +235,7 @@ _UNTRACEABLE_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch.export says why, in a warning
-@pytest.mark.parametrize("name", ["longformer", pytest.param("recurrent_gemma", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "recurrent_gemma" else n for n in UNTRACEABLE])
 def test_untraceable_families(name):
     """Fails when a family starts to work: move it to FAMILIES then."""
     options, auto = _UNTRACEABLE_OPTIONS[name]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import aqnfx
+from aqnfx.diagnosis.activations import capture_on
 from aqnfx.diagnosis.interpret import interpret
 from aqnfx.diagnosis.options import Options
 from aqnfx.diagnosis.probe_choice import (
@@ -30,7 +31,6 @@ from aqnfx.diagnosis.statistics.thresholds import confirm
 from aqnfx.diagnosis.workers import Recipe, instrument
 from aqnfx.errors import InputError, ModelError
 from aqnfx.graph.frontend import model_digest
-from aqnfx.graph.lengths import serves
 from aqnfx.graph.opkinds import OpKind
 from aqnfx.graph.program import Program
 from aqnfx.passes.decompose_attention import DecomposeAttention
@@ -40,12 +40,10 @@ from aqnfx.passes.perturbing import HAS_KERNEL
 from aqnfx.passes.pipeline import Pipeline
 from aqnfx.passes.tag_ops import TagOps
 from aqnfx.probes.adaptive import StoppingRule
-from aqnfx.probes.capture import Captures, capture, collect
+from aqnfx.probes.capture import Captures, collect
 from aqnfx.probes.compile_choice import COMPILED, what_to_compile
-from aqnfx.probes.data.batches import Batch, data_digest, make_batches
+from aqnfx.probes.data.batches import Batch, data_digest
 from aqnfx.probes.data.examples import Data
-from aqnfx.probes.data.limits import check_tokens, vocabulary
-from aqnfx.probes.data.samples import load_samples
 from aqnfx.probes.executors import Executor, Threads, accelerators
 from aqnfx.probes.forward import eager_forward
 from aqnfx.probes.journal import Journal, recorded_identity
@@ -125,7 +123,7 @@ def _run(
         predictions, captures = _predict(ready, options, progress, together)
         if not together:
             tell("reading activations")
-            captures = dataclasses.replace(_capture_on(calibration, ready, options), gradients=captures.gradients)
+            captures = dataclasses.replace(capture_on(calibration, ready, options), gradients=captures.gradients)
             costs["activations"] = {k: captures.provenance[k] for k in ("passes", "seconds")}
         counts = SPOT_CHECKS if options.method == "predict" else CHECKS
         candidates = dict.fromkeys((*ready.probes, *asked_probes(ready.program, options, kinds=("site",))[0]))
@@ -299,21 +297,6 @@ def _without_next_token(m: Measurements) -> Measurements:
     """Drop the scores of the next token: a model that has seen it does not predict it."""
     clean, scores = ({k: v for k, v in part.items() if not METRICS[k].next_token} for part in (m.clean, m.scores))
     return dataclasses.replace(m, clean=clean, scores=scores)
-
-
-def _capture_on(data: Data | None, ready: PreparedProbes, options: Options) -> Captures:
-    """Return activation statistics of the selected sites on ``data`` (None: the samples), at most as long as the samples."""
-    encoded = ready.encoded
-    if data is not None:
-        encoded, _ = load_samples(
-            data, ready.tokenizer, samples=options.samples, max_length=ready.longest, text_field=options.text_field,
-            pack=options.pack,
-        )  # fmt: skip
-        check_tokens(encoded, vocabulary(ready.program), ready.tokenizer)
-    fixed = ready.fixed if serves(ready.program, {len(e.input_ids) for e in encoded}) else ready.longest
-    made = make_batches(encoded, batch_size=min(options.batch_size, len(encoded)), pad_id=ready.pad, fixed_length=fixed)
-    program = InsertCapture(where=options.where, perturb=options.captured)(ready.program)
-    return capture(program, eager_forward(program), [batch.to(ready.device) for batch in made])
 
 
 def _identity(

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StrictStr
+from pydantic import AfterValidator, ConfigDict, Field, StrictStr
 
 from aqnfx.artifacts import Schema, read_json, validate
 from aqnfx.errors import AqnfxError, InputError, nearest
@@ -21,14 +21,25 @@ STORED = (Role.WEIGHT, Role.INPUT, Role.KEY, Role.VALUE)
 """The operands that a plan assigns formats to."""
 
 
+def _canonical(text: str) -> str:
+    try:
+        return parse_format(text).name
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+_Format = Annotated[StrictStr, AfterValidator(_canonical)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Formats of one module's operands by their canonical names; None: stored as the model has it."""
 
-    weight: str | None = None
-    input: str | None = None
-    key: str | None = None
-    value: str | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid")  # of a file; code gives canonical names
+    weight: _Format | None = None
+    input: _Format | None = None
+    key: _Format | None = None
+    value: _Format | None = None
 
     def formats(self) -> dict[Role, str]:
         """Return the formats that are set, by role."""
@@ -54,21 +65,9 @@ def read_assignments(path: str | Path) -> dict[str, Assignment]:
 
 def parse_assignments(found: Any, where: str) -> dict[str, Assignment]:
     """Return module -> assignment from a plan's JSON value; raises :class:`ArtifactError` naming what does not fit."""
-    checked = validate(_Assignments, found, f"{where}: assignments")
-    return {module: Assignment(**{role: name for role, name in formats.items() if name}) for module, formats in checked.items()}
-
-
-def _canonical(text: str) -> str:
-    try:
-        return parse_format(text).name
-    except InputError as error:
-        raise ValueError(str(error)) from error
-
-
-_Format = Annotated[StrictStr, AfterValidator(_canonical)]
-_Assignments = Annotated[
-    dict[StrictStr, dict[Literal["weight", "input", "key", "value"], _Format | None]], Field(min_length=1)
-]
+    kind = Annotated[dict[StrictStr, Assignment], Field(min_length=1)]
+    checked: dict[str, Assignment] = validate(kind, found, f"{where}: assignments")
+    return checked
 
 
 def operands_by_module(program: Program) -> dict[str, tuple[Place, ...]]:

@@ -99,6 +99,7 @@ class PlanOptions(RunSettings):
             byte_count("bytes", self.bytes)
         for name, least in (("draws", 1), ("eval_samples", 0), ("pareto", 0)):
             check_count(name, getattr(self, name), least)
+        check_count("samples", self.samples + self.eval_samples)
         one_of("couple", self.couple, COUPLE)
         one_of("partial groups", self.partial, PARTIAL)
         if self.pareto == 1:

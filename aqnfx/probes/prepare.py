@@ -74,8 +74,8 @@ def prepare(
     """Load, encode, trace and tag for sites that the selector ``where`` names.
 
     ``task`` None: exact_match where the data has answers, else kl. Samples are put in an order of their lengths unless they
-    are to stay ``in_order``. ``check`` is called with the tagged program, before anything
-    runs. Raises subclasses of :class:`~aqnfx.errors.AqnfxError` for bad input.
+    are to stay ``in_order``. ``check`` is called with the tagged program before anything runs. Raises subclasses of
+    :class:`~aqnfx.errors.AqnfxError` for bad input.
     """
     _check_device(settings.device)
     tell("loading the model")
@@ -159,7 +159,7 @@ def _check_device(device: str) -> None:
         return
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

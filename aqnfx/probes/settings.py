@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aqnfx.errors import InputError, nearest
+from aqnfx.errors import InputError, brief, nearest
 
 DEFAULT_MAX_LENGTH = 256
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,11 +48,11 @@ class RunSettings:
         if self.max_length is not None:
             check_count("max_length", self.max_length)
         if not isinstance(self.pack, bool):
-            raise InputError(f"pack must be true or false, found {shown(self.pack)}")
+            raise InputError(f"pack must be true or false, found {brief(self.pack)}")
         if not isinstance(self.device, str):
-            raise InputError(f"device must be a text such as cpu or cuda:0, found {shown(self.device)}")
+            raise InputError(f"device must be a text such as cpu or cuda:0, found {brief(self.device)}")
         if not (self.text_field is None or isinstance(self.text_field, str)):
-            raise InputError(f"text_field must be the name of a field, found {shown(self.text_field)}")
+            raise InputError(f"text_field must be the name of a field, found {brief(self.text_field)}")
         one_of("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "allow_missing", name_list("allow_missing", self.allow_missing))
 
@@ -60,33 +60,24 @@ class RunSettings:
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise :class:`InputError` for what is no whole number from ``least`` to what can be meant."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number, found {shown(value)}")
+        raise InputError(f"{name} must be a whole number, found {brief(value)}")
     if int(value) < least:
-        raise InputError(f"{name} {shown(value)} must be at least {least}")
+        raise InputError(f"{name} {brief(value)} must be at least {least}")
     if int(value) > MOST[name]:
-        raise InputError(f"{name} {shown(value)} must be at most {MOST[name]:,}")
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message shows it: a long one by its beginning."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else text[:79] + "…"
+        raise InputError(f"{name} {brief(value)} must be at most {MOST[name]:,}")
 
 
 def check_seed(seed: Any) -> None:
     """Raise :class:`InputError` for what is no seed."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
-        raise InputError(f"seed must be a whole number, found {shown(seed)}")
+        raise InputError(f"seed must be a whole number, found {brief(seed)}")
     if not 0 <= int(seed) <= MOST_SEED:
-        raise InputError(f"seed {shown(seed)} must be between 0 and 2^62")
+        raise InputError(f"seed {brief(seed)} must be between 0 and 2^62")
 
 
 def _text(value: Any) -> str:
     try:
-        return str(value).strip()[:80]
+        return str(value).strip()
     except ValueError:  # an integer of thousands of digits
         return ""
 
@@ -98,10 +89,10 @@ def byte_count(name: str, value: str | int) -> int:
     """Return a number of bytes given as such or as a text with a unit; raises :class:`InputError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", _text(value))
     if isinstance(value, bool) or not match or match[2].upper() not in _UNITS:
-        raise InputError(f"{name} {shown(value)} is not a number of bytes; write for example 512MiB or 2GiB")
+        raise InputError(f"{name} {brief(value)} is not a number of bytes; write for example 512MiB or 2GiB")
     found = float(match[1]) * _UNITS[match[2].upper()]
     if found > MOST_BYTES:
-        raise InputError(f"{name} {shown(value)} is more than any machine has; write for example 512MiB or 2GiB")
+        raise InputError(f"{name} {brief(value)} is more than any machine has; write for example 512MiB or 2GiB")
     return int(found)
 
 
@@ -113,10 +104,10 @@ def duration(name: str, value: str | float) -> float:
     """Return seconds given as a number or as a text with a unit; raises :class:`InputError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", _text(value))
     if isinstance(value, bool) or not match or match[2] not in _SECONDS or not float(match[1]) > 0:
-        raise InputError(f"{name} {shown(value)} is not a time; write for example 90s, 10m or 2h")
+        raise InputError(f"{name} {brief(value)} is not a time; write for example 90s, 10m or 2h")
     found = float(match[1]) * _SECONDS[match[2]]
     if found > MOST_SECONDS:
-        raise InputError(f"{name} {shown(value)} is longer than a year; write for example 90s, 10m or 2h")
+        raise InputError(f"{name} {brief(value)} is longer than a year; write for example 90s, 10m or 2h")
     return found
 
 
@@ -124,7 +115,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise :class:`InputError` for a value that is not among ``known``."""
     known = list(known)
     if value not in known:
-        raise InputError(f"{name} {shown(value)} is not one of {', '.join(known)}{nearest(str(value)[:80], known)}")
+        raise InputError(f"{name} {brief(value)} is not one of {', '.join(known)}{nearest(str(value)[:80], known)}")
 
 
 def name_list(name: str, values: str | int | Sequence[str | int]) -> tuple[str, ...]:
@@ -134,5 +125,5 @@ def name_list(name: str, values: str | int | Sequence[str | int]) -> tuple[str, 
     given = [values] if isinstance(values, int) else values
     fits = isinstance(given, Iterable) and not isinstance(given, (bytes, bytearray))
     if not fits or not all(isinstance(v, (str, numbers.Integral)) and not isinstance(v, bool) for v in given):
-        raise InputError(f"{name} must be a text or a sequence of names, found {shown(values)}")
+        raise InputError(f"{name} must be a text or a sequence of names, found {brief(values)}")
     return tuple(str(v) for v in given)

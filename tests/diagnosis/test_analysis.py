@@ -228,7 +228,7 @@ def broken(program: Program, path: str, value: Any) -> dict[str, Any]:
         ("per_site/0/activations", {"rms": "big"}, "activations of 'inp:linear:0': rms"),
         ("per_site/0/activations", [1, 2], "activations of 'inp:linear:0'"),
         (f"channels/{NORM}/max_ratio", "large", "max_ratio"),
-        ("noise/unit_error", -1, "unit_error must be a positive number"),
+        ("noise/unit_error", -1, "unit_error: Input should be greater than 0"),
         ("noise/kind", "int99", "int99"),
     ],
 )

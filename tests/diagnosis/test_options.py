@@ -28,6 +28,7 @@ def test_python_values_and_texts_mean_the_same() -> None:
         ({"text_field": 5}, "text_field must be the name of a field"),
         ({"allow_missing": True}, "allow_missing must be a text or a sequence of names, found True"),
         ({"allow_missing": b"ab"}, "allow_missing must be a text or a sequence of names"),
+        ({"replay_memory": "0" * 90 + "5x"}, "is not a number of bytes"),
         ({"replay_memory": 10**5000}, "a number of thousands of digits is not a number of bytes"),
         ({"seeds": (1, 2)}, r"seeds must be a whole number, found \(1, 2\)"),
         ({"samples": 2.5}, "samples must be a whole number, found 2.5"),

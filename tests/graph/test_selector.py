@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from aqnfx.errors import SelectorError
 from aqnfx.graph.opkinds import CORE, EXTENDED, OpKind
 from aqnfx.graph.selector import Selector, selector_from
-from aqnfx.graph.sites import REGIONS
+from aqnfx.graph.sites import REGIONS, Site
 from tests.graph.small import stack
 
 
@@ -94,6 +94,19 @@ def test_what_is_selected(program, text, expected):
     chosen = program.select(text)
     assert len(chosen) == expected
     assert [s.id for s in chosen] == [s.id for s in program.sites if s in chosen]  # execution order
+
+
+@pytest.mark.parametrize(
+    ("text", "selected"),
+    [
+        ("ops:mul", False), ("ops:extended", False), ("layers:none", False), ("ops:all", True), ("regions:position", True),
+        ("modules:model.*", True), ("sites:model.rotary:mul:0", True), ("regions:mlp", False),
+    ],
+)  # fmt: skip
+def test_what_depends_on_positions_alone_is_selected_only_where_it_is_meant(text, selected):
+    site = Site(module="model.rotary", op=OpKind.MUL, region="position")
+    assert Selector.parse(text).matches(site) is selected
+    assert Selector.parse("layers:none").matches(Site(module="model.rotary", op=OpKind.MUL))
 
 
 def test_operator_sets():

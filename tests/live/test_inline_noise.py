@@ -92,7 +92,8 @@ def test_every_kind_is_what_the_operator_gives(monkeypatch: pytest.MonkeyPatch) 
         assert torch.allclose(a, b, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.slow  # the ends of vectors are what it is about
+@pytest.mark.slow
+@pytest.mark.vectors  # the ends of vectors are what it is about
 def test_compiled_noise_writes_nothing_but_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 32-bit multiple of an index overflows; a C++ compiler may then drop the ends of loops (see ``columns``)."""
     kept: list[tuple[int, Tensor]] = []
@@ -132,7 +133,10 @@ def test_hashes_are_identical_and_normals_close() -> None:
     assert torch.allclose(torch.compile(torch.ops.aqnfx.normal)(bits), normal_of(bits), rtol=0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("together", "drawn"), [(noise_calls.TOGETHER, 3), pytest.param(0, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("together", "drawn"),
+    [(noise_calls.TOGETHER, 3), pytest.param(0, 5, marks=(pytest.mark.slow, pytest.mark.vectors))],
+)
 def test_draws_alone_or_together_are_the_same(together: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, normals = rewritten(monkeypatch), kernels(monkeypatch)
     monkeypatch.setattr(noise_calls, "TOGETHER", together)
@@ -182,6 +186,7 @@ def test_kinds_of_one_graph_keep_to_themselves() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_values_that_may_become_longer_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     def two(x: Tensor, level: Tensor, first: Tensor, second: Tensor, run: Tensor, batch: int) -> tuple[Tensor, ...]:
         return NOISE(x, level, first, run, None, None, batch, "relative_gaussian"), NOISE(

@@ -15,6 +15,7 @@ from aqnfx.live.instrument import instrument
 from tests.families import build, depth, inputs
 from tests.live.small import Block, Tiny, batch, equal, gradients
 
+VECTORS = (pytest.mark.slow, pytest.mark.vectors)
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "phi3", "mixtral", "bert", "t5")
 PIPELINE = "tag-layers,tag-ops,insert-noise{where=ops:all}"
 # Dynamo looks at .grad of what a part of a broken graph gets.
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 NOISE: dict[str, Any] = {"level": 0.1, "ops": "core", "seed": 5, "step": 3}
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=VECTORS) for name in FAMILIES[1:])])
 def test_a_live_model_is_the_model_and_the_program(family: str) -> None:
     model, given = build(family, **depth(family, 1 if family == "t5" else 2)), inputs(family, 2, 11)
     labels = {"labels": given.get("decoder_input_ids", given["input_ids"])}
@@ -50,8 +51,8 @@ def test_a_live_model_is_the_model_and_the_program(family: str) -> None:
     ("family", "cache"),
     [
         ("llama", "dynamic"),
-        pytest.param("gpt2", "static", marks=pytest.mark.slow),
-        pytest.param("t5", "static", marks=pytest.mark.slow),
+        pytest.param("gpt2", "static", marks=VECTORS),
+        pytest.param("t5", "static", marks=VECTORS),
     ],
 )
 def test_greedy_generation_is_unchanged_and_noise_changes_it(family: str, cache: str) -> None:
@@ -77,6 +78,7 @@ def test_greedy_generation_is_unchanged_and_noise_changes_it(family: str, cache:
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_generate_calls_an_encoder_past_the_model_with_the_noise_of_the_model() -> None:
     model, given = build("t5", num_layers=1), inputs("t5", 2, 9, pad=0)
     noise: dict[str, Any] = {"level": 0.5, "where": "layers:encoder.block:0,ops:all", "seed": 1, "step": 0}
@@ -103,6 +105,7 @@ def test_generate_calls_an_encoder_past_the_model_with_the_noise_of_the_model() 
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_an_encoder_that_stays_python_is_reported() -> None:
     model, given = build("t5", num_layers=1), inputs("t5", 2, 9, pad=0)
     given.pop("decoder_input_ids")
@@ -115,7 +118,7 @@ def test_an_encoder_that_stays_python_is_reported() -> None:
         assert any(site.startswith("decoder.block.0.") for site in handle.sites)
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=VECTORS)])
 def test_gradient_checkpointing_recomputes_the_same_noise(inner: str) -> None:
     given = inputs("llama", 2, 8, pad=0)
     found = []
@@ -272,6 +275,7 @@ def test_the_backend_goes_by_its_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_inductor_agrees_to_rounding() -> None:
     model, x = Tiny(), batch()
     clean = model(x)
@@ -349,7 +353,7 @@ def test_a_value_that_is_changed_in_place_keeps_its_dtype() -> None:
         assert model(batch().bfloat16(), torch.ones(4)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=VECTORS)])
 def test_what_is_changed_in_place_is_noisy_where_it_stands(inner: str) -> None:
     x, found = batch(), []
     for in_place in (True, False):

@@ -70,11 +70,11 @@ def test_positions_begin_after_the_padding_index() -> None:
 
 
 def test_calibration_data_are_checked_too() -> None:
-    from aqnfx.diagnosis.diagnose import _capture_on
+    from aqnfx.diagnosis.activations import capture_on
 
     ready = prepared(gpt2(94), data=["abc abc", "abc"])
     with pytest.raises(InputError, match="has no row"):
-        _capture_on(["abc~"], ready, Options(**OPTIONS))
+        capture_on(["abc~"], ready, Options(**OPTIONS))
 
 
 def test_a_vocabulary_of_one_token_is_refused() -> None:

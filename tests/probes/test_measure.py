@@ -171,6 +171,7 @@ def test_progress_counts_to_the_end(program: Program) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_compiled_agrees_with_eager(program: Program) -> None:
     work, probes = batches(encoded(3, 10, ragged=True), 2, fixed=10), sweep(levels=(0.1,), seeds=(0,))
     compiled = Counted(program)

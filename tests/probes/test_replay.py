@@ -142,6 +142,7 @@ def test_measurements_are_the_same(llama: Program) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.vectors
 def test_every_repeated_block_is_compiled_once_for_all_shapes(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Pipeline.parse(PREPARE.replace('extended"', 'extended" compiled=true'))(aqnfx.trace(build("llama")))
     compiled: list[str] = []

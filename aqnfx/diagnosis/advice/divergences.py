@@ -32,7 +32,7 @@ def parse_divergences(record: Any, where: str) -> dict[str, float]:
     """
     check_schema(record, Schema.DIVERGENCES, where)
     checked = validate(_Divergences, dict(record), where)
-    return {name: float(value) for name, value in checked.sites.items()}
+    return dict(checked.sites)
 
 
 class _Divergences(BaseModel):
