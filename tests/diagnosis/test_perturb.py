@@ -92,7 +92,6 @@ def test_predictions_hold_interactions_included(found: Measurements, smap: aqnfx
     assert max(abs(ratio - 1.0) for ratio in ratios) > 0.01
 
 
-@pytest.mark.slow
 def test_what_is_stored_twice_is_one_error(directory: Path) -> None:
     """A norm's output and the inputs that read it are one value: stored once, whatever selects it."""
     found = {}

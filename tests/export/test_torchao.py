@@ -51,6 +51,8 @@ def test_the_loaded_model_is_the_plan_bit_for_bit(case: Case) -> None:
     for name, formats in EXACT.items():
         wanted = quantize(case.weight(name), parse_format(formats["weight"]))
         assert torch.equal(tensors[f"{name}.weight"].dequantize(), wanted), name
+    elements = tensors[f"{GATE}.weight"].qdata  # of 4 bits in bytes: what packs them reads no others
+    assert (int(elements.min()), int(elements.max())) == (-8, 7)
     ours, theirs, clean = case.planned(EXACT)(**batch()).logits, model(**batch()).logits, case.clean(**batch()).logits
     torch.testing.assert_close(theirs, ours, atol=2e-6, rtol=0.0)
     assert kl(ours, theirs) < 1e-12 < 1e-6 < kl(clean, ours)

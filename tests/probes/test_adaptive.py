@@ -146,6 +146,7 @@ def test_a_budget_ends_the_run_after_the_first_batch(directory: Path) -> None:
     found = run(directory, TEXT * 20, Options(**QUICK, budget="0.001s"))
     assert found.complete
     assert found.samples == 6
+    assert {probe.kind for probe in found.probes} == {"operator", "layer", "window"}  # all of the first batch, however late
     assert found.provenance["out_of_time"]
     assert np.isfinite(found.scores["kl"]).all()
     assert any("the time was over" in note for note in interpret(found).notes)
